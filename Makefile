@@ -1,0 +1,81 @@
+# Every target works in a fresh clone: the first one that runs makes the environment.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+VENV ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# Real recordings for the tests, the demo and the tutorials.
+ifneq ($(wildcard ../shared/data/.),)
+export PYRODYN_DATA ?= $(abspath ../shared/data)
+endif
+
+.PHONY: help venv demo test check format tutorials bench calibrate fuzz kills clean
+
+help:  ## this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+venv: $(INSTALLED)
+
+# The constraints hold for Python 3.11; a newer Python takes the newest versions that the metadata allow.
+$(INSTALLED): pyproject.toml constraints/py311.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then \
+	    constraints="--constraint constraints/py311.txt"; \
+	else \
+	    constraints=""; \
+	fi; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[nwb,demo,geometry,dev]' $$constraints
+	touch $@
+
+demo: $(INSTALLED)  ## fit real recordings under two engines and draw the results
+	$(BIN)/pyrodyn demo
+
+test: $(INSTALLED)  ## run the tests
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)  ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(INSTALLED)  ## put imports and layout in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+NOTEBOOKS := $(patsubst tutorials/%.py,build/tutorials/%.ipynb,$(wildcard tutorials/*.py))
+
+build/tutorials/%.ipynb: tutorials/%.py $(INSTALLED)
+	mkdir -p $(@D)
+	$(BIN)/jupytext --quiet --to ipynb --output $@ $<
+
+tutorials: $(NOTEBOOKS)  ## execute every tutorial as a notebook
+	$(if $(NOTEBOOKS),,$(error tutorials/ holds no .py file))
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 --overwrite $(NOTEBOOKS)
+
+# The scripts in benchmarks/ are sorted by the first word of their names.
+define run_scripts
+	$(if $(wildcard benchmarks/$(1)_*.py),,$(error benchmarks/ holds no $(1)_*.py))
+	for script in benchmarks/$(1)_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+endef
+
+bench: $(INSTALLED)  ## time the kernels and the engines: benchmarks/bench_*.py
+	$(call run_scripts,bench)
+
+calibrate: $(INSTALLED)  ## coverage and agreement tables: benchmarks/calibrate_*.py
+	$(call run_scripts,calibrate)
+
+fuzz: $(INSTALLED)  ## damaged files are refused or read back equal: benchmarks/fuzz_*.py
+	$(call run_scripts,fuzz)
+
+kills: $(INSTALLED)  ## killed runs resume to the same draws: benchmarks/kill_*.py
+	$(call run_scripts,kill)
+
+clean:  ## remove the environment and everything that was built
+	rm -rf $(VENV) build .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

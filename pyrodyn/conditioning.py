@@ -1,0 +1,165 @@
+r"""What observations say of a path, given the parameters: exact, Laplace, or linearised about a given path.
+
+For a Gaussian readout the path is Gaussian given the parameters, and can be integrated out exactly. For a log-concave
+readout, with :math:`\hat x` the mode of :math:`\log p(y, x \mid \theta)` and H minus its Hessian there,
+
+.. math:: \log p(y \mid \theta) \approx \log p(y, \hat x \mid \theta) - \tfrac12 \log|H| + \tfrac{TD}{2}\log 2\pi .
+
+The mode depends on :math:`\theta`. One Newton step from the detached mode, with the Hessian detached and the gradient not,
+carries that dependence, so that one pass of autograd gives the full derivative; a mode that is merely detached does not.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyrodyn.distributions import GaussMarkov
+from pyrodyn.linalg import log_normaliser
+from pyrodyn.readouts import AffineReadout
+
+MAX_NEWTON_STEPS = 100
+MAX_PREDICTOR_STEP = 4.0  # in one Newton step no predictor moves further: exp() overshoots from afar
+TOLERANCE = 1e-7  # largest step of a latent at convergence; the step that carries the gradient squares it
+SUFFICIENT = 1e-4  # Armijo's constant
+
+
+def path_given(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) -> GaussMarkov:
+    """Posterior of the path: exact for a Gaussian readout, the Laplace approximation otherwise."""
+    if readout.law.is_gaussian:
+        return prior.condition(*gaussian_potential(readout, observations))
+    return laplace_path(prior, readout, observations)
+
+
+def path_evidence(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) -> Tensor:
+    """log p(y | parameters) of every trial, (*draw, trial): exact for a Gaussian readout, Laplace otherwise."""
+    if readout.law.is_gaussian:
+        return gaussian_evidence(prior, readout, observations)
+    return laplace_evidence(prior, readout, observations)
+
+
+def gaussian_potential(readout: AffineReadout, observations: Tensor) -> tuple[Tensor, Tensor]:
+    """What Gaussian observations say of the path: precision (*batch, time or 1, latent, latent), linear (..., latent)."""
+    weight = readout.noise.square().reciprocal()  # (*draw, 1, 1, unit)
+    weighted = readout.loading * weight.squeeze(-2).unsqueeze(-1)  # R^-1 C, (*draw, 1, unit, latent)
+    if readout.mask is None:
+        precision = (readout.loading.mT @ weighted).unsqueeze(-3)
+        linear = observations @ weighted - (readout.offset @ weighted)
+        return precision, linear
+    seen = readout.mask.to(observations.dtype)
+    pairs = (readout.loading.unsqueeze(-1) * weighted.unsqueeze(-2)).flatten(-2)
+    precision = seen @ pairs
+    precision = precision.reshape(precision.shape[:-1] + readout.loading.shape[-1:] * 2)
+    return precision, torch.where(readout.mask, observations - readout.offset, 0.0) @ weighted
+
+
+def gaussian_evidence(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) -> Tensor:
+    """Exact log p(y | parameters) of every trial; units enter only through their weighted sums."""
+    posterior = prior.condition(*gaussian_potential(readout, observations))
+    # Log density of the observations at a path of zeros, from sums over bins: no (draw, trial, time, unit) tensor.
+    seen = torch.ones_like(observations) if readout.mask is None else readout.mask.to(observations.dtype)
+    count = seen.sum(-2)
+    middle = (observations * seen).sum((0, 1)) / seen.sum((0, 1)).clamp(min=1.0)
+    centred = (observations - middle) * seen
+    total, square = centred.sum(-2), centred.square().sum(-2)  # (trial, unit)
+    offset = readout.offset.squeeze(-2) - middle
+    sd = readout.noise.squeeze(-2)
+    misfit = square - 2.0 * total * offset + count * offset.square()
+    at_zero = -0.5 * (misfit / sd.square()).sum(-1) - (count * (sd.log() + 0.5 * math.log(2.0 * math.pi))).sum(-1)
+    return at_zero + posterior.log_normaliser - prior.log_normaliser
+
+
+def linearised_potential(readout: AffineReadout, point: Tensor, observations: Tensor) -> tuple[Tensor, Tensor]:
+    """The second-order expansion of the log likelihood about the path ``point``, as a Gaussian potential on the path.
+
+    Exact, and independent of ``point``, for a Gaussian readout. Returns precision (*batch, time or 1, latent, latent) and
+    linear part (*batch, time, latent).
+    """
+    if readout.law.is_gaussian:
+        return gaussian_potential(readout, observations)
+    predictor = readout.predict(point)
+    curvature = readout.curvature(predictor, observations)
+    target = readout.score(predictor, observations) + curvature * (predictor - readout.offset)
+    return _outer(readout, curvature), target @ readout.loading
+
+
+def laplace_path(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) -> GaussMarkov:
+    """The Gaussian with the mode and curvature of p(path | observations, parameters); batch (*draw, trial)."""
+    with torch.no_grad():
+        mode = find_mode(prior, readout, observations)
+        return prior.condition(*linearised_potential(readout, mode, observations))
+
+
+def laplace_evidence(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) -> Tensor:
+    """Laplace approximation of log p(y | parameters) of every trial, (*draw, trial)."""
+    with torch.no_grad():
+        mode = find_mode(prior, readout, observations)
+        precision = _outer(readout, readout.curvature(readout.predict(mode), observations))
+        curved = prior.condition(precision, torch.zeros_like(mode))
+    slope = prior.force(mode) + readout.score(readout.predict(mode), observations) @ readout.loading
+    moved = mode + _Newton.apply(curved, slope)
+    predictor = readout.predict(moved)
+    precision = prior.diagonal + _outer(readout, readout.curvature(predictor, observations))
+    fluctuation = log_normaliser(precision, prior.upper, torch.zeros_like(mode))
+    fit = readout.log_likelihood(predictor, observations)
+    return fit + prior.log_potential(moved) - prior.log_normaliser + fluctuation
+
+
+def find_mode(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) -> Tensor:
+    """The most probable path of every draw and trial, (*draw, trial, time, latent), by damped Newton steps.
+
+    The start is the prior mean, a function of the parameters alone: a start carried over from an earlier call would make a
+    sampler's target depend on its history. Each batch element stops by itself when its step is below `TOLERANCE`.
+    """
+    batch = torch.broadcast_shapes(prior.batch_shape, readout.batch_shape)
+    state = prior.mean.expand(batch + prior.event_shape).clone()
+    predictor = readout.predict(state)
+    value = readout.log_likelihood(predictor, observations) + prior.log_potential(state)
+    active = torch.isfinite(value)
+    for _ in range(MAX_NEWTON_STEPS):
+        slope = prior.force(state) + readout.score(predictor, observations) @ readout.loading
+        precision = _outer(readout, readout.curvature(predictor, observations))
+        step = GaussMarkov(prior.diagonal + precision, prior.upper, slope).mean
+        move = step @ readout.loading.mT
+        size = (MAX_PREDICTOR_STEP / move.abs().amax((-2, -1)).clamp(min=1e-12)).clamp(max=1.0)
+        gain = (slope * step).sum((-2, -1))
+        pending = active & torch.isfinite(gain)
+        while bool(pending.any()):
+            trial_predictor = predictor + size[..., None, None] * move
+            trial_state = state + size[..., None, None] * step
+            trial = readout.log_likelihood(trial_predictor, observations) + prior.log_potential(trial_state)
+            small = gain * size < 1e-10 * value.abs().clamp(min=1.0)  # below rounding: any such step will do
+            accepted = pending & ((trial >= value + SUFFICIENT * size * gain) | small)
+            state = torch.where(accepted[..., None, None], trial_state, state)
+            value = torch.where(accepted, trial, value)
+            predictor = torch.where(accepted[..., None, None], trial_predictor, predictor)
+            pending = pending & ~accepted
+            size = torch.where(pending, 0.5 * size, size)
+            pending = pending & (size > 1e-10)
+        active = active & (step.abs().amax((-2, -1)) * size > TOLERANCE)
+        if not bool(active.any()):
+            break
+    return state
+
+
+class _Newton(torch.autograd.Function):
+    """``H^-1 slope`` with H held fixed; symmetric, so that the backward pass is the same solve."""
+
+    @staticmethod
+    def forward(ctx, curved: GaussMarkov, slope: Tensor) -> Tensor:
+        ctx.curved = curved
+        return curved._solve(slope)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        return None, ctx.curved._solve(grads[0])
+
+
+def _outer(readout: AffineReadout, curvature: Tensor) -> Tensor:
+    """C' diag(curvature) C in every bin, (*batch, time, latent, latent)."""
+    loading = readout.loading
+    pairs = (loading.unsqueeze(-1) * loading.unsqueeze(-2)).flatten(-2)
+    precision = curvature @ pairs
+    return precision.reshape(precision.shape[:-1] + loading.shape[-1:] * 2)

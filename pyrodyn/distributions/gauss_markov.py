@@ -1,0 +1,250 @@
+r"""A Gaussian trajectory with Markov structure, held by its natural parameters.
+
+.. math:: p(x_{1:T}) = \exp\!\big(-\tfrac12 x^\top J x + h^\top x - \log Z(J, h)\big),
+
+with J block-tridiagonal. Products of such densities with Gaussian potentials add parameters, so conditioning, smoothing
+and structured guides are additions, and their cost is one call of the chain kernel.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+from torch.distributions.utils import lazy_property
+
+from pyrodyn.linalg.chain import ChainFactor, as_columns, from_columns, log_normaliser
+from pyrodyn.linalg.matrix import cholesky
+
+
+class GaussMarkov(TorchDistribution):
+    r"""A whole latent trajectory as one random variable.
+
+    Parameters
+    ----------
+    diagonal : Tensor, (*batch, time, latent, latent)
+        Blocks :math:`J_{t,t}` of the precision.
+    upper : Tensor, (*batch, time - 1, latent, latent)
+        Blocks :math:`J_{t,t+1}`.
+    linear : Tensor, (*batch, time, latent)
+        :math:`h`. Batches broadcast; a precision of batch size one is factorised once for all.
+    normaliser : Tensor, (*batch), optional
+        :math:`\log Z` where it is known in closed form.
+
+    Notes
+    -----
+    Event shape (time, latent). Sampling is reparametrised; every quantity is differentiable.
+    """
+
+    arg_constraints = {}
+    support = constraints.independent(constraints.real, 2)
+    has_rsample = True
+
+    def __init__(
+        self, diagonal: Tensor, upper: Tensor, linear: Tensor, *, normaliser: Tensor | None = None, validate_args=None
+    ) -> None:
+        if diagonal.dim() < 3 or diagonal.shape[-1] != diagonal.shape[-2]:
+            raise ValueError(f"diagonal must be (*batch, time, latent, latent), got {tuple(diagonal.shape)}")
+        time, latent = diagonal.shape[-3], diagonal.shape[-1]
+        if upper.shape[-3:] != (time - 1, latent, latent):
+            raise ValueError(
+                f"upper must be (*batch, time - 1, latent, latent) = (..., {time - 1}, {latent}, {latent}) beside "
+                f"diagonal {tuple(diagonal.shape)}, got {tuple(upper.shape)}"
+            )
+        if linear.shape[-2:] != (time, latent):
+            raise ValueError(
+                f"linear must be (*batch, time, latent) = (..., {time}, {latent}), got {tuple(linear.shape)}"
+            )
+        self.diagonal, self.upper, self.linear = diagonal, upper, linear
+        self._known_normaliser = normaliser
+        batch = torch.broadcast_shapes(diagonal.shape[:-3], upper.shape[:-3], linear.shape[:-2])
+        super().__init__(batch, torch.Size((time, latent)), validate_args=False)
+
+    @classmethod
+    def from_dynamics(
+        cls,
+        dynamics: Tensor,
+        process_noise: Tensor,
+        *,
+        num_bins: int,
+        initial_covariance: Tensor,
+        initial_mean: Tensor | None = None,
+        drift: Tensor | None = None,
+    ) -> GaussMarkov:
+        r"""The path of :math:`x_1 \sim N(\mu_1, \Sigma_1),\ x_t = A x_{t-1} + b_t + \epsilon_t,\ \epsilon_t \sim N(0, Q)`.
+
+        Parameters
+        ----------
+        dynamics : Tensor, (*batch, latent, latent)
+            A, acting on column vectors.
+        process_noise : Tensor, (*batch, latent, latent)
+            Q, a covariance.
+        num_bins : int
+        initial_covariance : Tensor, (*batch, latent, latent)
+            Covariance of the state in the first bin, the one that is read out first.
+        initial_mean : Tensor, (*batch, latent), optional
+            Zero by default.
+        drift : Tensor, (*batch, time - 1, latent), optional
+            :math:`b_t` for t = 2 ... T.
+        """
+        dim = dynamics.shape[-1]
+        noise_root, initial_root = cholesky(process_noise), cholesky(initial_covariance)
+        identity = torch.eye(dim, dtype=dynamics.dtype, device=dynamics.device)
+        noise_precision = torch.cholesky_solve(identity.expand(noise_root.shape), noise_root)
+        initial_precision = torch.cholesky_solve(identity.expand(initial_root.shape), initial_root)
+        batch = torch.broadcast_shapes(dynamics.shape[:-2], process_noise.shape[:-2], initial_covariance.shape[:-2])
+        pushed = (dynamics.mT @ noise_precision).expand(*batch, dim, dim)  # A' Q^-1
+        ahead = pushed @ dynamics
+        noise_precision = noise_precision.expand(*batch, dim, dim)
+
+        def repeat(block: Tensor, times: int) -> Tensor:
+            return block.expand(*batch, dim, dim).unsqueeze(-3).expand(*batch, times, dim, dim)
+
+        later = num_bins - 1
+        diagonal = repeat(initial_precision, 1)
+        if later:
+            diagonal = torch.cat(
+                [repeat(initial_precision + ahead, 1), repeat(noise_precision + ahead, later - 1),
+                 repeat(noise_precision, 1)], -3,
+            )  # fmt: skip
+        upper = repeat(-pushed, later)
+        normaliser = (
+            0.5 * num_bins * dim * math.log(2.0 * math.pi) + _log_diagonal(initial_root) + later * _log_diagonal(noise_root)
+        )
+        linear = diagonal.new_zeros(num_bins, dim)
+        if drift is not None:
+            pulled = (noise_precision.unsqueeze(-3) @ drift.unsqueeze(-1)).squeeze(-1)
+            normaliser = normaliser + 0.5 * (pulled * drift).sum((-2, -1))
+            back = -(pushed.unsqueeze(-3) @ drift.unsqueeze(-1)).squeeze(-1)
+            none = torch.zeros_like(pulled[..., :1, :]) if later else drift.new_zeros(*drift.shape[:-2], 1, dim)
+            linear = torch.cat([none, pulled], -2) + torch.cat([back, none], -2)
+        if initial_mean is not None:
+            first = (initial_precision @ initial_mean.unsqueeze(-1)).squeeze(-1)
+            normaliser = normaliser + 0.5 * (first * initial_mean).sum(-1)
+            rest = first.new_zeros(*first.shape[:-1], later, dim)
+            linear = linear + torch.cat([first.unsqueeze(-2), rest], -2)
+        return cls(diagonal, upper, linear, normaliser=normaliser)
+
+    @lazy_property
+    def log_normaliser(self) -> Tensor:
+        r""":math:`\log Z`, shape (*batch)."""
+        if self._known_normaliser is not None:
+            return self._known_normaliser.expand(self.batch_shape)
+        return log_normaliser(self.diagonal, self.upper, self.linear).expand(self.batch_shape)
+
+    @lazy_property
+    def _factor(self) -> ChainFactor:
+        diagonal, upper, _, _ = as_columns(self.diagonal, self.upper, self.linear)
+        return ChainFactor(diagonal, upper)
+
+    @lazy_property
+    def mean(self) -> Tensor:
+        """Means (*batch, time, latent)."""
+        return self._solve(self.linear)
+
+    def _solve(self, linear: Tensor) -> Tensor:
+        *_, columns, layout = as_columns(self.diagonal, self.upper, linear)
+        return from_columns(self._factor.solve(columns), layout).expand(self.batch_shape + self.event_shape)
+
+    @lazy_property
+    def _marginals(self) -> tuple[Tensor, Tensor]:
+        covariance, cross = self._factor.marginals()
+        lead = torch.broadcast_shapes(self.diagonal.shape[:-3], self.upper.shape[:-3])
+        lead = (1,) * (len(self.batch_shape) - len(lead)) + tuple(lead)
+        covariance = covariance.reshape(lead + covariance.shape[-3:])
+        cross = cross.reshape(lead + cross.shape[-3:])
+        return (
+            covariance.expand(self.batch_shape + covariance.shape[-3:]),
+            cross.expand(self.batch_shape + cross.shape[-3:]),
+        )
+
+    @property
+    def covariance(self) -> Tensor:
+        """Marginal covariances (*batch, time, latent, latent)."""
+        return self._marginals[0]
+
+    @property
+    def cross_covariance(self) -> Tensor:
+        """Cov(x_t, x_t+1), (*batch, time - 1, latent, latent)."""
+        return self._marginals[1]
+
+    @property
+    def variance(self) -> Tensor:
+        """Marginal variances (*batch, time, latent)."""
+        return self.covariance.diagonal(dim1=-2, dim2=-1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density of paths (*batch, time, latent), all bins at once."""
+        return self.log_potential(value) - self.log_normaliser
+
+    def log_potential(self, value: Tensor) -> Tensor:
+        """The unnormalised log density ``-x' J x / 2 + h' x`` of paths (*batch, time, latent)."""
+        own = (self.diagonal @ value.unsqueeze(-1)).squeeze(-1)
+        ahead = (self.upper @ value[..., 1:, :].unsqueeze(-1)).squeeze(-1)
+        quadratic = (value * (self.linear - 0.5 * own)).sum((-2, -1))
+        return quadratic - (value[..., :-1, :] * ahead).sum((-2, -1))
+
+    def force(self, value: Tensor) -> Tensor:
+        """Gradient of `log_potential`: ``h - J x``, (*batch, time, latent)."""
+        column = value.unsqueeze(-1)
+        pull = (self.diagonal @ column).squeeze(-1)
+        ahead = (self.upper @ column[..., 1:, :, :]).squeeze(-1)
+        behind = (self.upper.mT @ column[..., :-1, :, :]).squeeze(-1)
+        zeros = torch.zeros_like(pull[..., :1, :])
+        return self.linear - pull - torch.cat([ahead, zeros], -2) - torch.cat([zeros, behind], -2)
+
+    def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 (torch's own signature)
+        shape = self._extended_shape(sample_shape)
+        return self.transform(torch.randn(shape, dtype=self.linear.dtype, device=self.linear.device))
+
+    def transform(self, noise: Tensor) -> Tensor:
+        """Map iid standard normal ``noise`` (*sample, *batch, time, latent) to paths; the inverse of whitening."""
+        wide = GaussMarkov(self.diagonal, self.upper, noise)
+        *_, columns, layout = as_columns(wide.diagonal, wide.upper, noise)
+        return self.mean + from_columns(self._factor.colour(columns), layout)
+
+    @property
+    def log_whitening_jacobian(self) -> Tensor:
+        """``log |dx / dnoise|`` of `transform`, (*batch)."""
+        lead = torch.broadcast_shapes(self.diagonal.shape[:-3], self.upper.shape[:-3])
+        return (-0.5 * self._factor.log_det).reshape(lead).expand(self.batch_shape)
+
+    def entropy(self) -> Tensor:
+        """Differential entropy in nats, (*batch)."""
+        size = self.event_shape.numel()
+        return 0.5 * size * (1.0 + math.log(2.0 * math.pi)) + self.log_whitening_jacobian
+
+    def condition(self, precision: Tensor, linear: Tensor, mask: Tensor | None = None) -> GaussMarkov:
+        r"""Multiply by potentials :math:`\exp(-\tfrac12 x_t^\top P_t x_t + g_t^\top x_t)` and renormalise.
+
+        Parameters
+        ----------
+        precision : Tensor, (*batch, time, latent, latent)
+            :math:`P_t`; a time axis of size one is shared by all bins.
+        linear : Tensor, (*batch, time, latent)
+            :math:`g_t`.
+        mask : Tensor, (*batch, time), optional
+            True where there is a potential; values elsewhere are ignored, NaN included.
+        """
+        if mask is not None:
+            precision = torch.where(mask[..., None, None], precision, 0.0)
+            linear = torch.where(mask[..., None], linear, 0.0)
+        return GaussMarkov(self.diagonal + precision, self.upper, self.linear + linear)
+
+    def expand(self, batch_shape, _instance=None) -> GaussMarkov:
+        batch_shape = torch.Size(batch_shape)
+        # Only the linear part is expanded: the precision goes on being shared.
+        known = self._known_normaliser
+        expanded = GaussMarkov(
+            self.diagonal, self.upper, self.linear.expand(batch_shape + self.event_shape), normaliser=known
+        )
+        if "_factor" in self.__dict__ and self.linear.dim() == expanded.linear.dim():
+            expanded.__dict__["_factor"] = self._factor
+        return expanded
+
+
+def _log_diagonal(root: Tensor) -> Tensor:
+    return root.diagonal(dim1=-2, dim2=-1).log().sum(-1)

@@ -1,0 +1,215 @@
+"""The verbs: fit, simulate, predict."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from pyro import poutine
+from torch import Tensor
+
+from pyrodyn.checkpoint import Checkpoint
+from pyrodyn.errors import ModelError, RecordingError
+from pyrodyn.inference import SVI, collapse
+from pyrodyn.inference.engine import Engine, double_precision, random_stream
+from pyrodyn.posterior import (
+    coordinates,
+    model_of,
+    parameters_of,
+    path_summary,
+    to_datatree,
+    trial_batches,
+)
+from pyrodyn.program import LatentModel, StateSpaceModel, globals_given, specification
+from pyrodyn.recording import Recording
+
+INTERVAL = (0.05, 0.95)
+
+
+def fit(
+    model: LatentModel,
+    recording: Recording,
+    engine: Engine | None = None,
+    *,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> xr.DataTree:
+    """Fit a model to a recording.
+
+    Parameters
+    ----------
+    model : LatentModel
+        One of `pyrodyn.models`.
+    recording : Recording
+    engine : Engine
+        One of `pyrodyn.inference`; `SVI()` by default. Every engine returns the same variables, dims and coordinates.
+    seed : int
+        All randomness comes from it: the same seed, machine and versions give the same draws.
+    checkpoint : path, optional
+        A file in which the run keeps its state. A run that was killed and is called again with the same arguments resumes
+        from it and ends with the same draws to the bit. The file stays until you delete it.
+
+    Returns
+    -------
+    xarray.DataTree
+        Groups ``posterior``, ``invariants``, ``unconstrained_posterior``, ``latents``, ``sample_stats``, ``log_likelihood``,
+        ``observed_data``, ``constant_data``; see `pyrodyn.posterior.to_datatree`.
+
+    Raises
+    ------
+    ModelError, ReadoutError
+        Where the model does not fit the recording.
+    NonFiniteError
+        Where the density stays infinite or NaN; names the step and the site.
+    """
+    if not isinstance(recording, Recording):
+        raise RecordingError(
+            f"recording must be a pyrodyn.Recording, got {type(recording).__name__}; make one with "
+            "Recording.from_arrays(values, bin_width=...), values being (trial, time, unit)"
+        )
+    if recording.observations is None:
+        raise RecordingError("recording has no observations to fit; give it some with recording.with_observations(values)")
+    if not isinstance(model, LatentModel):
+        raise ModelError(f"model must be one of pyrodyn.models, such as models.LDS(latent_dim=3), got {model!r}")
+    engine = SVI() if engine is None else engine
+    model.check(recording)
+    store = None
+    if checkpoint is not None:
+        fingerprint = {
+            "model": specification(model),
+            "engine": specification(engine),
+            "seed": seed,
+            "recording": recording.digest(),
+            "version": version("pyrodyn"),
+        }
+        store = Checkpoint(checkpoint, fingerprint=json.dumps(fingerprint, default=str))
+    began = time.perf_counter()
+    draws = engine.run(model, recording, seed=seed, checkpoint=store)
+    seconds = time.perf_counter() - began
+    return to_datatree(model, recording, engine, draws, seed=seed, seconds=seconds)
+
+
+def simulate(
+    model: LatentModel, like: Recording, *, seed: int = 0, values: Mapping[str, Tensor] | None = None
+) -> tuple[Recording, xr.Dataset]:
+    """Draw parameters, paths and observations from a model.
+
+    Parameters
+    ----------
+    model : LatentModel
+    like : Recording
+        Gives the shape, labels, inputs, mask, and the channels' units; its observations are not looked at, except for the
+        choice of the gauge.
+    seed : int
+    values : mapping of site to Tensor, optional
+        Sites held at a value instead of drawn from their prior.
+
+    Returns
+    -------
+    recording : Recording
+    truth : xarray.Dataset
+        The parameters, and ``path`` (trial, time, latent).
+    """
+    held = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in (values or {}).items()}
+    with random_stream(seed), torch.no_grad(), double_precision():
+        drawn = poutine.trace(poutine.condition(model.sample_globals, data=held)).get_trace(like)
+        sites = {name: drawn.nodes[name]["value"] for name in drawn.stochastic_nodes + drawn.observation_nodes}
+        trace = poutine.trace(poutine.condition(model, data=sites)).get_trace(like.blank())
+        labelled = model.label(globals_given(model, sites, like))
+    truth = xr.Dataset(
+        {name: (dims, value.numpy()) for name, (dims, value) in labelled.items()}, coords=coordinates(like, labelled)
+    )
+    if "latent" in trace.nodes:
+        truth["path"] = xr.DataArray(
+            trace.nodes["latent"]["value"].numpy(),
+            dims=("trial", "time", "latent"),
+            coords={"trial": like.trial, "time": like.time},
+        )
+    return like.with_observations(trace.nodes["observations"]["value"]), truth
+
+
+def predict(
+    posterior: xr.DataTree,
+    recording: Recording,
+    *,
+    draws: int = 100,
+    seed: int = 0,
+    model: LatentModel | None = None,
+) -> xr.Dataset:
+    """Latents and expected observations of a recording, old or new, under a posterior.
+
+    The path of every trial is inferred from that trial's own observed entries, with the globals held at posterior draws. To
+    predict units from others, or bins from earlier ones, hide them first: ``predict(posterior, recording.hide(unit=...))``.
+
+    Parameters
+    ----------
+    posterior : xarray.DataTree
+        From `fit` or `load`.
+    recording : Recording
+        With the units of the posterior, in their order; any trials, of any length. Without observations, it is the prior of the
+        path that is predicted.
+    draws : int
+        Evenly thinned posterior draws of the globals.
+    seed : int
+    model : LatentModel, optional
+        Needed only for a model that is not in `pyrodyn.models`.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``expected`` (trial, time, unit), the posterior mean of the expected observation, for counts in events a bin, with
+        ``expected_sd`` and the 90% interval ``expected_lower``, ``expected_upper``; ``path`` and ``path_sd``
+        (trial, time, latent).
+    """
+    model = model_of(posterior) if model is None else model
+    if not isinstance(model, StateSpaceModel):
+        raise ModelError(f"predict needs a StateSpaceModel, got {type(model).__name__}")
+    _same_units(posterior, recording)
+    parameters = parameters_of(posterior, model, draws)
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("expected", "expected_sd", "expected_lower", "expected_upper")}
+    laws = []
+    with random_stream(seed), torch.no_grad(), double_precision():
+        for part in trial_batches(recording, draws):
+            law = collapse(model).path_posterior(parameters, part)
+            laws.append(law)
+            readout = model.readout_law(parameters, law.mean, part)
+            spread = torch.einsum("...tij,...ui,...uj->...tu", law.covariance, readout.loading, readout.loading)
+            parts["expected"].append(readout.law.marginal_mean(readout.predictor, spread, readout.noise).mean(0).numpy())
+            drawn = readout.law.mean(readout.predict(law.sample()), readout.noise).numpy()
+            parts["expected_sd"].append(drawn.std(0))
+            lower, upper = np.quantile(drawn, INTERVAL, axis=0)
+            parts["expected_lower"].append(lower)
+            parts["expected_upper"].append(upper)
+    mean, sd = path_summary(laws)
+    dims = ("trial", "time", "unit")
+    found = xr.Dataset(
+        {name: (dims, np.concatenate(values)) for name, values in parts.items()}
+        | {"path": (("trial", "time", "latent"), mean.numpy()), "path_sd": (("trial", "time", "latent"), sd.numpy())},
+        coords={
+            "trial": recording.trial,
+            "time": recording.time,
+            "unit": recording.unit,
+            "region": ("unit", recording.region),
+            "latent": np.arange(mean.shape[-1]),
+        },
+    )
+    found["expected"].attrs["units"] = "events per bin" if recording.counts else "units of the recording"
+    return found
+
+
+def _same_units(posterior: xr.DataTree, recording: Recording) -> None:
+    fitted: Any = posterior["posterior"].coords["unit"].values
+    if len(fitted) != recording.num_units or not np.array_equal(fitted.astype(str), recording.unit.astype(str)):
+        missing = sorted(set(fitted.astype(str)) - set(recording.unit.astype(str)))[:5]
+        raise RecordingError(
+            f"the posterior was fitted to {len(fitted)} units and the recording has {recording.num_units}"
+            + (f"; without {missing}" if missing else " in another order")
+            + "; pass a recording with the same units, and hide those that were not observed: recording.hide(unit=...)"
+        )

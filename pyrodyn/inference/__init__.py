@@ -1,0 +1,9 @@
+"""The engines: frozen options that turn a program and a recording into draws."""
+
+from pyrodyn.inference.collapse import collapse, collapses
+from pyrodyn.inference.density import LogDensity
+from pyrodyn.inference.laplace import Laplace
+from pyrodyn.inference.nuts import NUTS
+from pyrodyn.inference.svi import SVI
+
+__all__ = ["NUTS", "SVI", "Laplace", "LogDensity", "collapse", "collapses"]

@@ -1,0 +1,125 @@
+r"""Integrate the path out, and draw it back.
+
+Given the globals a Gauss-Markov path under an affine readout can be integrated out: exactly where the readout is Gaussian,
+by a Laplace approximation where it is log-concave. What remains is a program of the globals alone, which any engine takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyrodyn.conditioning import path_evidence, path_given
+from pyrodyn.distributions import GaussMarkov
+from pyrodyn.errors import CollapseError
+from pyrodyn.program import Program, StateSpaceModel, trial_plate
+from pyrodyn.readouts import AffineReadout
+from pyrodyn.recording import Recording
+
+
+def collapse(model: Program) -> Collapsed:
+    """The same model with its path integrated out.
+
+    Raises
+    ------
+    CollapseError
+        Where the path is not Gauss-Markov or the readout not affine, by name.
+    """
+    if isinstance(model, Collapsed):
+        return model
+    if not isinstance(model, StateSpaceModel):
+        raise CollapseError(f"{type(model).__name__} is not a StateSpaceModel: it has no path to integrate out")
+    return Collapsed(model)
+
+
+def collapses(model: Program, recording: Recording) -> bool:
+    """Whether `collapse` applies to this model on this recording."""
+    try:
+        collapse(model).check(recording)
+    except CollapseError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Collapsed:
+    """A state-space model whose path is integrated out; made by `collapse`."""
+
+    model: StateSpaceModel
+
+    def __call__(self, recording: Recording) -> Tensor:
+        parameters = self.model.sample_globals(recording)
+        with trial_plate(recording):
+            return pyro.sample(
+                "observations",
+                MarginalReadout(*self.factors(parameters, recording)),
+                obs=recording.observations,
+                infer={"event_dims": ("time", "unit")},
+            )
+
+    def check(self, recording: Recording) -> None:
+        """Raise `CollapseError` where the path cannot be integrated out."""
+        with torch.no_grad(), torch.random.fork_rng(devices=()), poutine.block():
+            self.factors(self.model.sample_globals(recording), recording)
+
+    def factors(self, parameters: Any, recording: Recording) -> tuple[GaussMarkov, AffineReadout]:
+        """Prior of the path and readout at a path of zeros."""
+        path = self.model.latent_path(parameters, recording)
+        name = type(self.model).__name__
+        if not isinstance(path, GaussMarkov):
+            raise CollapseError(
+                f"{name}: the path follows {type(path).__name__}, and only a GaussMarkov path can be integrated out; "
+                "use an engine option collapse=False to sample the path"
+            )
+        zeros = path.linear.new_zeros(recording.num_trials, *path.event_shape)
+        readout = self.model.readout_law(parameters, zeros, recording)
+        if not isinstance(readout, AffineReadout):
+            raise CollapseError(
+                f"{name}: the readout {type(readout).__name__} is not affine in the path, so the path cannot be "
+                "integrated out; use an engine option collapse=False to sample the path"
+            )
+        return path, readout
+
+    def path_posterior(self, parameters: Any, recording: Recording) -> GaussMarkov:
+        """p(path | observations, parameters), exact or Laplace; batch (*draw, trial)."""
+        prior, readout = self.factors(parameters, recording)
+        if recording.observations is None:
+            return prior.expand(readout.batch_shape)
+        return path_given(prior, readout, recording.observations)
+
+    @property
+    def treatment(self) -> str:
+        """How the path was treated, for the attributes of a posterior."""
+        readout = getattr(self.model, "readout", None)
+        return "integrated out exactly" if getattr(readout, "is_gaussian", False) else "integrated out by Laplace"
+
+
+class MarginalReadout(TorchDistribution):
+    """Observations with the path integrated out: event (time, unit), batch (*draw, trial)."""
+
+    arg_constraints = {}
+    support = constraints.independent(constraints.real, 2)
+
+    def __init__(self, prior: GaussMarkov, readout: AffineReadout) -> None:
+        self.prior, self.readout = prior, readout
+        batch = torch.broadcast_shapes(prior.batch_shape, readout.batch_shape)
+        super().__init__(batch, readout.event_shape, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return path_evidence(self.prior, self.readout, value)
+
+    def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 (torch's own signature)
+        readout = self.readout
+        path = self.prior.expand(self.batch_shape).sample(sample_shape)
+        noise = None if readout.noise is None else readout.noise.squeeze(-2)
+        return AffineReadout(readout.law, path, readout.loading, readout.offset.squeeze(-2), noise).sample()
+
+    def expand(self, batch_shape, _instance=None) -> MarginalReadout:
+        return MarginalReadout(self.prior.expand(batch_shape), self.readout)

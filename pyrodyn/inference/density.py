@@ -1,0 +1,106 @@
+"""A program's log joint density as a function of one unconstrained vector, batched over draws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import Transform, biject_to
+
+from pyrodyn.program import Program, is_random, log_joint
+from pyrodyn.recording import Recording
+
+
+class Site(NamedTuple):
+    """Where a latent site stands in the vector."""
+
+    name: str
+    local: bool  # inside the trial plate
+    shape: torch.Size  # constrained, with the trial axis if local
+    unconstrained: torch.Size
+    transform: Transform
+    place: slice
+
+
+class LogDensity:
+    r"""Log joint density :math:`\log p(y, z)` of a program in unconstrained coordinates, Jacobian included.
+
+    Parameters
+    ----------
+    program : Program
+    recording : Recording
+
+    Notes
+    -----
+    ``density(vector)`` takes (*draw, dimension) and returns (*draw): any number of draws is one trace of the program.
+    """
+
+    def __init__(self, program: Program, recording: Recording) -> None:
+        self.program, self.recording = program, recording
+        with torch.random.fork_rng(devices=()), torch.no_grad():
+            trace = poutine.trace(program).get_trace(recording)
+        sites, parts, start = [], [], 0
+        for name, node in trace.nodes.items():
+            if not is_random(node) or node["is_observed"]:
+                continue
+            transform = biject_to(node["fn"].support)
+            raw = transform.inv(node["value"])
+            stop = start + raw.numel()
+            local = bool(node["cond_indep_stack"])
+            sites.append(Site(name, local, node["value"].shape, raw.shape, transform, slice(start, stop)))
+            start = stop
+            parts.append(raw.reshape(-1))
+        self.sites = tuple(sites)
+        self.dimension = start
+        self.prototype = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)  # one draw from the prior
+
+    def constrain(self, vector: Tensor) -> dict[str, Tensor]:
+        """Site values (*draw, 1, *event) or (*draw, trial, *event) of an unconstrained vector (*draw, dimension)."""
+        return {site.name: self._value(site, vector)[0] for site in self.sites}
+
+    def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The vector (*draw, dimension) of constrained values that keep the broadcast rule, or carry no draws."""
+        parts = []
+        for site in self.sites:
+            value = site.transform.inv(values[site.name])
+            extra = value.dim() - len(site.unconstrained)
+            draws = value.shape[:extra]
+            if not site.local and extra:
+                draws = draws[:-1]  # the singleton of the trial plate
+            parts.append(value.reshape(draws + (site.unconstrained.numel(),)))
+        return torch.cat(parts, -1)
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        values, jacobian = {}, torch.zeros(vector.shape[:-1], dtype=vector.dtype, device=vector.device)
+        for site in self.sites:
+            values[site.name], term = self._value(site, vector)
+            jacobian = jacobian + term
+        return log_joint(self.program, values, self.recording) + jacobian
+
+    def _value(self, site: Site, vector: Tensor) -> tuple[Tensor, Tensor]:
+        draws = vector.shape[:-1]
+        lead = draws if site.local or not draws else (*draws, 1)
+        raw = vector[..., site.place].reshape(*lead, *site.unconstrained)
+        value = site.transform(raw)
+        term = site.transform.log_abs_det_jacobian(raw, value)
+        return value, term.reshape(*draws, -1).sum(-1)
+
+    def log_jacobian(self, vector: Tensor) -> Tensor:
+        """Log Jacobian determinant of `constrain`, (*draw)."""
+        return sum((self._value(site, vector)[1] for site in self.sites), start=torch.zeros(vector.shape[:-1]))
+
+    def gradient(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """Log density (*draw) and its gradient (*draw, dimension); a failed element is -inf with a zero gradient."""
+        vector = vector.detach().requires_grad_()
+        with torch.enable_grad(), pyro.validation_enabled(False):
+            value = self(vector)
+            (slope,) = torch.autograd.grad(value.sum(), vector)
+        bad = ~(torch.isfinite(value) & torch.isfinite(slope).all(-1))
+        return (
+            torch.where(bad, -torch.inf, value.detach()),
+            torch.where(bad.unsqueeze(-1), 0.0, slope),
+        )

@@ -1,0 +1,141 @@
+"""What every engine shares: the draws it returns, how it treats a path, and where its randomness comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor
+
+from pyrodyn.checkpoint import StateStore
+from pyrodyn.inference.collapse import Collapsed, collapse, collapses
+from pyrodyn.inference.density import LogDensity
+from pyrodyn.inference.mode import ascend
+from pyrodyn.inference.whitening import Whitened, whiten
+from pyrodyn.program import LatentModel, Program, globals_given
+from pyrodyn.recording import Recording
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What an engine hands on.
+
+    Attributes
+    ----------
+    samples : dict of Tensor
+        Sites, constrained, (chain, draw, *event).
+    treatment : str
+        How the path was treated, in words.
+    stats : dict of Tensor
+        One number a draw, (chain, draw).
+    path : Tensor or None
+        Paths (chain, draw, trial, time, latent) where the engine sampled them.
+    history : dict of ndarray
+        Traces over steps, such as the loss.
+    notes : dict
+        Plain JSON about the run, for the attributes of the posterior.
+    warnings : tuple of str
+    """
+
+    samples: dict[str, Tensor]
+    treatment: str
+    stats: dict[str, Tensor] = field(default_factory=dict)
+    path: Tensor | None = None
+    history: dict[str, np.ndarray] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+class Engine(Protocol):
+    """A frozen dataclass of options that turns a program and a recording into draws."""
+
+    def run(
+        self, program: Program, recording: Recording, *, seed: int, checkpoint: StateStore | None = None
+    ) -> Draws: ...
+
+
+def starting_values(program: Program, recording: Recording, max_steps: int, label: str) -> dict[str, Tensor]:
+    """Constrained values of the globals near the posterior mode; the model's own guess where the path does not collapse."""
+    model = program.model if isinstance(program, Collapsed) else program
+    if not isinstance(model, LatentModel):
+        return {}
+    values = model.initial_values(recording)
+    if not collapses(program, recording):
+        return values
+    density = LogDensity(collapse(program), recording)
+    return density.constrain(ascend(density, density.unconstrain(values), max_steps, label)[0])
+
+
+def treat_path(
+    program: Program, recording: Recording, collapse_path: bool | None, values: dict[str, Tensor]
+) -> tuple[Program, str]:
+    """The program an engine works on, and in words how its path is treated.
+
+    ``collapse_path`` None integrates the path out where that is possible and samples it otherwise; True insists on
+    integrating out, False on sampling, in coordinates whitened at ``values``.
+    """
+    if collapse_path is None:
+        collapse_path = collapses(program, recording)
+    if collapse_path:
+        collapsed = collapse(program)
+        collapsed.check(recording)
+        return collapsed, collapsed.treatment
+    return whiten(program, recording, values)
+
+
+def vector_of(values: dict[str, Tensor], density: LogDensity) -> Tensor:
+    """``values`` in the density's coordinates; whitened paths start at zero, sites without a value at a prior draw."""
+    parts = []
+    for site in density.sites:
+        if site.name in values:
+            parts.append(site.transform.inv(values[site.name]).reshape(-1))
+        elif site.local:
+            parts.append(torch.zeros(site.unconstrained.numel(), dtype=torch.float64))
+        else:
+            parts.append(density.prototype[site.place])
+    return torch.cat(parts).detach()
+
+
+def split_path(
+    treated: Program, recording: Recording, samples: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Take the path out of the samples (chain, draw, ...) of a program that sampled it, uncoloured if it was whitened."""
+    rest = dict(samples)
+    if not isinstance(treated, Whitened):
+        return rest, rest.pop("latent", None)
+    noise = rest.pop("whitened_latent").flatten(0, 1)
+    flat = {name: value.flatten(0, 1).unsqueeze(1) for name, value in rest.items()}
+    with torch.no_grad():
+        path = treated.path(globals_given(treated.model, flat, recording), noise, recording)
+    lead = next(iter(samples.values())).shape[:2]
+    return rest, path.reshape(*lead, *path.shape[1:])
+
+
+def stream_seed(seed: int, chain: int) -> int:
+    """An independent random stream for each chain; seeds 0 and 1 share none."""
+    return int(np.random.SeedSequence([seed, chain]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@contextmanager
+def random_stream(seed: int, chain: int = 0) -> Iterator[None]:
+    """Torch's random state set from (seed, chain) inside, restored outside."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(stream_seed(seed, chain))
+        yield
+
+
+@contextmanager
+def double_precision() -> Iterator[None]:
+    """float64 for what Pyro creates by default, without touching the user's setting; argument checks off for speed."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pyro.validation_enabled(False):
+            yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,288 @@
+"""Draws become one labelled posterior: an xarray.DataTree in ArviZ's schema, the same from every engine."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import warnings
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import arviz_stats
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pyrodyn import models, readouts
+from pyrodyn.distributions import GaussMarkov
+from pyrodyn.errors import ModelError
+from pyrodyn.inference import LogDensity, collapse, collapses
+from pyrodyn.inference.engine import Draws, double_precision, random_stream
+from pyrodyn.program import Labelled, LatentModel, Program, globals_given, log_terms, specification
+from pyrodyn.recording import Recording
+
+PATH_DRAWS = 100  # draws of the globals over which a path's mean and sd are taken
+STORED_PATHS = 20  # of these, paths kept whole
+BATCH_NUMBERS = 4_000_000  # (draw, trial, time, unit) entries in one batched call: 32 MB a tensor
+PATH_STREAM = 1_000_003  # a random stream that no chain uses
+
+
+class FitWarning(UserWarning):
+    """The engine finished, and its posterior should not be trusted as it is."""
+
+
+def to_datatree(
+    model: Program, recording: Recording, engine: Any, draws: Draws, *, seed: int, seconds: float
+) -> xr.DataTree:
+    """Assemble the posterior of one fit.
+
+    Groups, each with labelled dims and coordinates: ``posterior`` (chain, draw, ...), ``invariants`` (what no symmetry of
+    the model changes), ``unconstrained_posterior``, ``latents`` (mean, sd, and thinned draws of the path), ``sample_stats``,
+    ``log_likelihood`` (chain, draw, trial; the path integrated out), ``observed_data``, ``constant_data``.
+    """
+    base = model.model if hasattr(model, "model") else model
+    if not isinstance(base, LatentModel):
+        raise ModelError(f"fit takes a model of pyrodyn.models or a LatentModel of your own, got {type(model).__name__}")
+    lead = next(iter(draws.samples.values())).shape[:2]
+    flat = {name: value.flatten(0, 1).unsqueeze(1) for name, value in draws.samples.items()}  # (draw, 1, *event)
+    stats = {name: value.numpy() for name, value in draws.stats.items()}
+    groups: dict[str, xr.Dataset] = {}
+    with torch.no_grad(), double_precision():
+        parameters = globals_given(base, flat, recording)
+        coords = coordinates(recording, base.label(parameters))
+        groups["posterior"] = _dataset(base.label(parameters), lead, coords)
+        groups["invariants"] = _dataset(base.invariants(parameters), lead, coords)
+        groups["unconstrained_posterior"] = _unconstrained(base, recording, flat, lead)
+        estimator = "none"
+        if collapses(base, recording):
+            shared, of_trials = _scores(base, recording, flat)
+            stats["lp"] = (shared + of_trials.sum(-1)).reshape(lead).numpy()
+            groups["log_likelihood"] = xr.Dataset(
+                {"observations": (("chain", "draw", "trial"), of_trials.reshape(*lead, -1).numpy())},
+                coords=_index(lead) | {"trial": recording.trial},
+            )
+            estimator = "exact" if "exactly" in collapse(base).treatment else "Laplace"
+        groups["latents"] = _latents(base, recording, flat, draws.path, seed)
+    history = {name: (("step",), value) for name, value in draws.history.items()}
+    groups["sample_stats"] = xr.Dataset(
+        {name: (("chain", "draw"), value) for name, value in stats.items()} | history, coords=_index(lead)
+    )
+    data = recording.to_xarray()
+    groups["observed_data"] = data[["observations"]].drop_attrs()
+    groups["constant_data"] = data.drop_vars("observations")
+    diagnostics, complaints = diagnose(groups["invariants"], groups["sample_stats"])
+    complaints = [*draws.warnings, *complaints]
+    for complaint in complaints:
+        warnings.warn(complaint, FitWarning, stacklevel=4)
+    tree = xr.DataTree.from_dict(groups)
+    tree.attrs = {
+        "pyrodyn_version": version("pyrodyn"),
+        "model": json.dumps(specification(base)),
+        "engine": json.dumps(specification(engine), default=_name_of),
+        "seed": int(seed),
+        "path_treatment": draws.treatment,
+        "log_likelihood_estimator": estimator,
+        "wall_time_seconds": float(seconds),
+        "notes": json.dumps(draws.notes),
+        "diagnostics": json.dumps(diagnostics),
+        "warnings": json.dumps(complaints),
+        "versions": json.dumps({"python": platform.python_version()} | {p: version(p) for p in _PACKAGES}),
+    }
+    return tree
+
+
+def recording_of(posterior: xr.DataTree) -> Recording:
+    """The recording a posterior was fitted to."""
+    return Recording.from_xarray(
+        xr.merge([posterior["observed_data"].to_dataset(), posterior["constant_data"].to_dataset()], combine_attrs="drop_conflicts")
+    )
+
+
+def model_of(posterior: xr.DataTree) -> LatentModel:
+    """The model a posterior was fitted with, rebuilt from its specification; only classes of the zoo are known."""
+    return _build(json.loads(posterior.attrs["model"]))
+
+
+def parameters_of(posterior: xr.DataTree, model: LatentModel, draws: int) -> Any:
+    """Parameters of ``draws`` evenly thinned posterior draws, each (draw, 1, *event)."""
+    dataset = posterior["posterior"].to_dataset()
+    total = dataset.sizes["chain"] * dataset.sizes["draw"]
+    chosen = thinned(total, draws)
+    values = {
+        str(name): torch.from_numpy(variable.values.reshape(total, 1, *variable.shape[2:])[chosen])
+        for name, variable in dataset.data_vars.items()
+    }
+    return model.unlabel(values)
+
+
+def thinned(total: int, wanted: int) -> np.ndarray:
+    """Positions of ``wanted`` draws spread evenly over ``total``."""
+    return np.unique(np.linspace(0, total - 1, min(total, wanted)).round().astype(int))
+
+
+def trial_batches(recording: Recording, draws: int) -> Iterator[Recording]:
+    """The recording in parts of whole trials, small enough for ``draws`` draws in one call."""
+    share = draws * recording.num_bins * recording.num_units
+    size = max(1, BATCH_NUMBERS // share)
+    for start in range(0, recording.num_trials, size):
+        yield recording.isel(trial=slice(start, start + size))
+
+
+def path_summary(laws: list[GaussMarkov]) -> tuple[Tensor, Tensor]:
+    """Mean and sd of a mixture of paths over draws, (trial, time, latent), trials joined from all batches."""
+    means, sds = [], []
+    for law in laws:
+        mean, variance = law.mean, law.variance
+        means.append(mean.mean(0))
+        sds.append((variance.mean(0) + mean.var(0, correction=0)).sqrt())
+    return torch.cat(means), torch.cat(sds)
+
+
+def coordinates(recording: Recording, labelled: Labelled) -> dict[str, Any]:
+    """Coordinates for every dim that the labelled values use."""
+    known: dict[str, Any] = {
+        "unit": recording.unit,
+        "region": ("unit", recording.region),
+        "trial": recording.trial,
+        "input": np.asarray(recording.input_names, dtype=str),
+    }
+    used = {dim: size for dims, value in labelled.values() for dim, size in zip(dims, value.shape[-len(dims) :], strict=True)}
+    found = {dim: known.get(dim, np.arange(size)) for dim, size in used.items()}
+    if "unit" in found:
+        found["region"] = known["region"]
+    return found
+
+
+def diagnose(invariants: xr.Dataset, stats: xr.Dataset) -> tuple[dict[str, float], list[str]]:
+    """R-hat and effective sample size of the invariants for chains; k-hat of the weights p / q for an approximation."""
+    found: dict[str, float] = {}
+    complaints: list[str] = []
+    draws = invariants.sizes["draw"]
+    if "log_q" in stats:
+        if "lp" in stats and draws >= 25:
+            # Drawn independently from q: Pareto's shape of p / q tells whether reweighting would mend q.
+            _, shape = (stats["log_q"] - stats["lp"]).azstats.psislw(dim=["chain", "draw"])
+            found["k_hat"] = float(shape)
+        return found, complaints
+    if draws >= 4:
+        with np.errstate(all="ignore"):
+            rhat = arviz_stats.rhat(invariants)
+            ess = arviz_stats.ess(invariants)
+        found["max_r_hat"] = max(float(rhat[name].max()) for name in rhat.data_vars)
+        found["min_bulk_ess"] = min(float(ess[name].min()) for name in ess.data_vars)
+        worst = found["max_r_hat"]
+        if math.isfinite(worst) and worst > 1.05:
+            complaints.append(f"R-hat of the invariants reaches {worst:.2f}: raise warmup and draws")
+    return {name: value for name, value in found.items() if math.isfinite(value)}, complaints
+
+
+def _scores(model: LatentModel, recording: Recording, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Log prior (draw,) and log likelihood of every trial (draw, trial), the path integrated out, in batches of draws."""
+    program = collapse(model)
+    draws = len(next(iter(values.values())))
+    share = recording.num_trials * recording.num_bins * recording.num_units
+    size = max(1, BATCH_NUMBERS // share)
+    parts = [
+        log_terms(program, {name: value[start : start + size] for name, value in values.items()}, recording)
+        for start in range(0, draws, size)
+    ]
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def _latents(
+    model: LatentModel, recording: Recording, values: Mapping[str, Tensor], path: Tensor | None, seed: int
+) -> xr.Dataset:
+    """Mean, sd and some whole draws of the path."""
+    if path is not None:
+        paths = path.flatten(0, 1)
+        mean, sd = paths.mean(0), paths.std(0, correction=0)
+        kept = paths[thinned(len(paths), STORED_PATHS)]
+    elif collapses(model, recording):
+        chosen = thinned(len(next(iter(values.values()))), PATH_DRAWS)
+        few = {name: value[chosen] for name, value in values.items()}
+        laws, stored = [], []
+        with random_stream(seed, PATH_STREAM):
+            for part in trial_batches(recording, len(chosen)):
+                law = collapse(model).path_posterior(globals_given(model, few, part), part)
+                laws.append(law)
+                stored.append(law.sample()[thinned(len(chosen), STORED_PATHS)])
+        mean, sd = path_summary(laws)
+        kept = torch.cat(stored, 1)
+    else:
+        return xr.Dataset()
+    dims = ("trial", "time", "latent")
+    return xr.Dataset(
+        {"mean": (dims, mean.numpy()), "sd": (dims, sd.numpy()), "draws": (("path_draw", *dims), kept.numpy())},
+        coords={"trial": recording.trial, "time": recording.time, "latent": np.arange(mean.shape[-1])},
+    )
+
+
+def _dataset(labelled: Labelled, lead: torch.Size, coords: Mapping[str, Any]) -> xr.Dataset:
+    """Values (draw, 1, *event) as variables (chain, draw, *event)."""
+    variables = {}
+    for name, (dims, value) in labelled.items():
+        full = value.expand(lead.numel(), *value.shape[-len(dims) - 1 :] if value.dim() > len(dims) else (1, *value.shape))
+        variables[name] = (("chain", "draw", *dims), full.reshape(*lead, *value.shape[-len(dims) :]).numpy())
+    used = {dim for dims, _ in variables.values() for dim in dims}
+    kept = {name: coord for name, coord in coords.items() if name in used or (name == "region" and "unit" in used)}
+    return xr.Dataset(variables, coords=_index(lead) | kept)
+
+
+def _unconstrained(
+    model: LatentModel, recording: Recording, values: Mapping[str, Tensor], lead: torch.Size
+) -> xr.Dataset:
+    program = collapse(model) if collapses(model, recording) else model
+    sites = [site for site in LogDensity(program, recording).sites if not site.local and site.name in values]
+    return xr.Dataset(
+        {
+            site.name: (
+                ("chain", "draw", f"{site.name}_coordinate"),
+                site.transform.inv(values[site.name]).reshape(*lead, -1).numpy(),
+            )
+            for site in sites
+        },
+        coords=_index(lead),
+    )
+
+
+def _index(lead: torch.Size) -> dict[str, Any]:
+    return {"chain": np.arange(lead[0]), "draw": np.arange(lead[1])}
+
+
+def _build(spec: Any) -> Any:
+    if isinstance(spec, dict) and "class" in spec:
+        kinds = {name: getattr(models, name) for name in models.__all__}
+        kinds |= {name: getattr(readouts, name) for name in readouts.__all__}
+        if spec["class"] not in kinds:
+            raise ModelError(
+                f"this posterior was fitted with {spec['class']!r}, which is not in pyrodyn.models; "
+                "hand your own model over as predict(..., model=...)"
+            )
+        return kinds[spec["class"]](**{name: _build(value) for name, value in spec.items() if name != "class"})
+    return spec
+
+
+def _name_of(something: Any) -> str:
+    """Callables among an engine's options are named, never stored."""
+    return f"{getattr(something, '__module__', '?')}.{getattr(something, '__qualname__', type(something).__name__)}"
+
+
+_PACKAGES = ("torch", "pyro-ppl", "numpy", "xarray")
+
+
+def to_inferencedata(posterior: xr.DataTree) -> Any:
+    """The posterior for users of ArviZ 0.x, as an ``arviz.InferenceData``.
+
+    Raises
+    ------
+    ImportError
+        Where ArviZ 0.x is not installed; ArviZ 1.x reads the DataTree as it is.
+    """
+    import arviz  # noqa: PLC0415 (optional, and it cannot be imported beside some versions of matplotlib)
+
+    if not hasattr(arviz, "InferenceData"):
+        raise ImportError("this arviz is 1.x and has no InferenceData: hand it the DataTree itself")
+    return arviz.InferenceData.from_datatree(posterior)

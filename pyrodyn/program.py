@@ -1,0 +1,157 @@
+"""The contract that every model keeps and every engine relies on.
+
+A model is a generative program: called on a recording it samples its globals, then for every trial a path and the
+observations, conditioning on those the recording holds. It never fits itself and holds no data.
+
+**The broadcast rule.** A global may carry any number of draw dimensions on the left, and then a dimension of size one where
+the trial plate stands: ``(*draw, 1, *event)``. A local of a trial is ``(*draw, trial, *event)``. So particles, chains,
+posterior draws and replicates of a calibration are scored by one batched call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Protocol, final
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import Distribution
+from torch import Tensor
+
+from pyrodyn.recording import Recording
+
+
+class Program(Protocol):
+    """Samples the observations where there are none, conditions on them where there are."""
+
+    def __call__(self, recording: Recording) -> Tensor: ...
+
+
+Labelled = dict[str, tuple[tuple[str, ...], Tensor]]  # name -> (event dims, value (*draw, 1, *event) or (*event))
+
+
+class LatentModel(ABC):
+    """A program with global parameters and, for every trial, something latent.
+
+    Subclasses are frozen dataclasses of options; what they declare is all that engines know of them.
+    """
+
+    @abstractmethod
+    def check(self, recording: Recording) -> None:
+        """Raise an error that says what to do where the options do not fit the recording."""
+
+    @abstractmethod
+    def sample_globals(self, recording: Recording) -> Any:
+        """Place the priors; returns a NamedTuple of parameters, each ``(*draw, 1, *event)`` or ``(*event)``."""
+
+    @abstractmethod
+    def initial_values(self, recording: Recording) -> dict[str, Tensor]:
+        """Where to start: one constrained value for every global site."""
+
+    @abstractmethod
+    def label(self, parameters: Any) -> Labelled:
+        """The parameters by name and dims: the variables of the posterior."""
+
+    @abstractmethod
+    def unlabel(self, values: Mapping[str, Tensor]) -> Any:
+        """The parameters back from the variables of a posterior; the inverse of `label`."""
+
+    @abstractmethod
+    def invariants(self, parameters: Any) -> Labelled:
+        """Quantities that the model's symmetries leave alone: what diagnostics and calibration look at."""
+
+    @abstractmethod
+    def transformed(self, parameters: Any, recording: Recording, seed: int) -> Any:
+        """The parameters after a random element of the symmetry group, so that the claim can be tested."""
+
+    @abstractmethod
+    def forward(self, recording: Recording) -> Tensor:
+        """The generative program."""
+
+    @final
+    def __call__(self, recording: Recording) -> Tensor:
+        return self.forward(recording)
+
+
+class StateSpaceModel(LatentModel):
+    """Globals, a latent path in every trial, and a readout of it."""
+
+    @abstractmethod
+    def latent_path(self, parameters: Any, recording: Recording) -> Distribution:
+        """Law of the path: event (time, latent), batch (*draw, trial) or (*draw, 1)."""
+
+    @abstractmethod
+    def readout_law(self, parameters: Any, path: Tensor, recording: Recording) -> Distribution:
+        """Law of the observations: event (time, unit), batch (*draw, trial)."""
+
+    @final
+    def forward(self, recording: Recording) -> Tensor:
+        parameters = self.sample_globals(recording)
+        with trial_plate(recording):
+            path = pyro.sample(
+                "latent", self.latent_path(parameters, recording), infer={"event_dims": ("time", "latent")}
+            )
+            return pyro.sample(
+                "observations",
+                self.readout_law(parameters, path, recording),
+                obs=recording.observations,
+                infer={"event_dims": ("time", "unit")},
+            )
+
+
+def trial_plate(recording: Recording) -> pyro.plate:
+    """The one plate of the zoo; it is the rightmost batch dimension."""
+    return pyro.plate("trial", recording.num_trials, dim=-1)
+
+
+def globals_given(model: LatentModel, values: Mapping[str, Tensor], recording: Recording) -> Any:
+    """The parameters that a model builds when its global sites take ``values`` (*draw, 1, *event)."""
+    with poutine.block(), poutine.condition(data=dict(values)):
+        return model.sample_globals(recording)
+
+
+def log_terms(program: Program, values: Mapping[str, Tensor], recording: Recording) -> tuple[Tensor, Tensor]:
+    """Log density of a program at ``values`` of its latent sites, split in two.
+
+    Returns what belongs to the globals, (*draw), and what belongs to each trial, (*draw, trial). ``values`` keep the
+    broadcast rule; draw dimensions are recognised by the trial dimension that follows them.
+    """
+    trace = poutine.trace(poutine.condition(program, data=dict(values))).get_trace(recording)
+    trace.compute_log_prob()
+    shared: Tensor = torch.zeros((), dtype=torch.float64)
+    of_trials: Tensor = torch.zeros(recording.num_trials, dtype=torch.float64)
+    for site in trace.nodes.values():
+        if not is_random(site):
+            continue
+        term = site["log_prob"]
+        if site["cond_indep_stack"]:
+            of_trials = of_trials + term
+        else:
+            shared = shared + (term.squeeze(-1) if term.dim() else term)
+    return shared, of_trials
+
+
+def log_joint(program: Program, values: Mapping[str, Tensor], recording: Recording) -> Tensor:
+    """Log joint density of a program at ``values`` of its latent sites, (*draw); see `log_terms`."""
+    shared, of_trials = log_terms(program, values, recording)
+    return shared + of_trials.sum(-1)
+
+
+def is_random(site: Mapping[str, Any]) -> bool:
+    """Whether a node of a Pyro trace is a random variable, not a plate."""
+    return site["type"] == "sample" and type(site["fn"]).__name__ != "_Subsample"
+
+
+def specification(options: Any) -> dict[str, Any]:
+    """A frozen dataclass of options as plain JSON: its class name and its fields."""
+    if dataclasses.is_dataclass(options) and not isinstance(options, type):
+        fields = {f.name: specification(getattr(options, f.name)) for f in dataclasses.fields(options)}
+        return {"class": type(options).__name__, **fields}
+    if isinstance(options, Mapping):
+        return {str(key): specification(value) for key, value in options.items()}
+    if isinstance(options, (list, tuple)):
+        return [specification(value) for value in options]  # type: ignore[return-value]
+    return options

@@ -1,0 +1,360 @@
+r"""From latent to observations: Gaussian, Poisson, negative binomial, Bernoulli.
+
+Every readout is an affine map to a predictor, one number a unit and bin, followed by a law for the observation:
+
+.. math:: \eta_{t,n} = (C x_t)_n + d_n, \qquad y_{t,n} \sim p(\cdot \mid \eta_{t,n}, \phi_n).
+
+A readout is a frozen set of options. It places the priors of :math:`d` and :math:`\phi`, checks the observations'
+support, and gives log density, score and curvature in :math:`\eta` in closed form; all are log-concave in
+:math:`\eta`, which is what lets the path be integrated out by a Laplace approximation.
+
+Reference: Paninski et al., J. Comput. Neurosci. 29:107 (2010).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+from torch.nn.functional import softplus
+
+from pyrodyn.errors import ReadoutError
+from pyrodyn.recording import Recording
+
+__all__ = ["AffineReadout", "Bernoulli", "Gaussian", "NegativeBinomial", "Poisson", "Readout"]
+
+MAX_LOG_RATE = 30.0  # exp(30) events a bin: beyond any recording, and far from overflow
+
+
+class Readout(ABC):
+    """What stands between the predictor and the observations.
+
+    Shapes of the elementwise methods: ``predictor`` (*batch, time, unit), ``noise`` (*batch, 1, unit) or None,
+    ``value`` (*batch, time, unit).
+    """
+
+    is_gaussian: ClassVar[bool] = False  # whether the path given the parameters is exactly Gaussian
+    noise_name: ClassVar[str | None] = None  # the site of the law's own parameter
+
+    @abstractmethod
+    def check(self, recording: Recording) -> None:
+        """Raise `ReadoutError` where an observation lies outside the support."""
+
+    @abstractmethod
+    def sample_offset(self, recording: Recording) -> Tensor:
+        """The site ``offset``, (unit)."""
+
+    @abstractmethod
+    def sample_noise(self, recording: Recording) -> Tensor | None:
+        """The site of the law's own parameter, (unit), or None."""
+
+    @abstractmethod
+    def initial_values(self, recording: Recording) -> dict[str, Tensor]:
+        """Moment estimates for the readout's sites, in a model without latents."""
+
+    @abstractmethod
+    def linearise(self, recording: Recording) -> Tensor:
+        """Observations on the predictor's scale, about 0, (trial, time, unit): what linear start-ups work on."""
+
+    def signal_scale(self, recording: Recording) -> Tensor:
+        """What a loading of one means on the predictor's scale, (unit)."""
+        return torch.ones_like(recording.scale)
+
+    @abstractmethod
+    def log_prob(self, predictor: Tensor, noise: Tensor | None, value: Tensor) -> Tensor:
+        """Log density or mass."""
+
+    @abstractmethod
+    def score(self, predictor: Tensor, noise: Tensor | None, value: Tensor) -> Tensor:
+        """First derivative of `log_prob` in the predictor."""
+
+    @abstractmethod
+    def curvature(self, predictor: Tensor, noise: Tensor | None, value: Tensor) -> Tensor:
+        """Minus the second derivative of `log_prob` in the predictor; never negative."""
+
+    @abstractmethod
+    def mean(self, predictor: Tensor, noise: Tensor | None) -> Tensor:
+        """Expected observation: a count for a bin, or a value in the recording's units."""
+
+    @abstractmethod
+    def marginal_mean(self, predictor: Tensor, variance: Tensor, noise: Tensor | None) -> Tensor:
+        """Expected observation where the predictor is itself normal, with mean ``predictor`` and ``variance``."""
+
+    @abstractmethod
+    def sample(self, predictor: Tensor, noise: Tensor | None) -> Tensor:
+        """Draw observations."""
+
+
+@dataclass(frozen=True)
+class Gaussian(Readout):
+    r"""Real observations: :math:`y \sim N(\eta, \sigma_n^2)`.
+
+    Loadings, offsets and noise are in units of `Recording.scale` about `Recording.center`, so that a voltage and a
+    BOLD signal meet the same prior.
+    """
+
+    is_gaussian = True
+    noise_name = "noise_sd"
+
+    def check(self, recording: Recording) -> None:
+        del recording  # any finite number will do, and a Recording holds no others
+
+    def sample_offset(self, recording: Recording) -> Tensor:
+        return pyro.sample("offset", dist.Normal(recording.center, recording.scale).to_event(1), infer=_PER_UNIT)
+
+    def sample_noise(self, recording: Recording) -> Tensor:
+        prior = dist.LogNormal(recording.scale.log() + math.log(0.5), 1.0)
+        return pyro.sample("noise_sd", prior.to_event(1), infer=_PER_UNIT)
+
+    def initial_values(self, recording: Recording) -> dict[str, Tensor]:
+        return {"offset": recording.center.clone(), "noise_sd": 0.7 * recording.scale}
+
+    def linearise(self, recording: Recording) -> Tensor:
+        return (recording.observations - recording.center) / recording.scale
+
+    def signal_scale(self, recording: Recording) -> Tensor:
+        return recording.scale
+
+    def log_prob(self, predictor, noise, value):
+        return -0.5 * ((value - predictor) / noise).square() - noise.log() - 0.5 * math.log(2.0 * math.pi)
+
+    def score(self, predictor, noise, value):
+        return (value - predictor) / noise.square()
+
+    def curvature(self, predictor, noise, value):
+        return noise.square().reciprocal().expand(predictor.shape)
+
+    def mean(self, predictor, noise):
+        return predictor
+
+    def marginal_mean(self, predictor, variance, noise):
+        return predictor
+
+    def sample(self, predictor, noise):
+        return predictor + noise * torch.randn_like(predictor)
+
+
+class _Counts(Readout):
+    """Event counts under a log link; the prior of the offset is a rate of 10 events a second, within a factor of 50."""
+
+    def check(self, recording: Recording) -> None:
+        _refuse(recording, lambda y: (y < 0) | (y != y.round()), type(self).__name__, "non-negative whole counts",
+                "use readouts.Gaussian() for smoothed or real-valued data, or bin the raw event times")  # fmt: skip
+
+    def sample_offset(self, recording: Recording) -> Tensor:
+        typical = torch.full_like(recording.scale, math.log(10.0 * recording.bin_width))
+        return pyro.sample("offset", dist.Normal(typical, 2.0).to_event(1), infer=_PER_UNIT)
+
+    def initial_values(self, recording: Recording) -> dict[str, Tensor]:
+        total, bins = _totals(recording)
+        return {"offset": ((total + 0.5) / (bins + 1.0)).log()}
+
+    def linearise(self, recording: Recording) -> Tensor:
+        total, bins = _totals(recording)
+        rate = (total + 0.5) / (bins + 1.0)
+        return recording.observations / rate - 1.0  # to first order the deviation of the log rate
+
+    def mean(self, predictor, noise):
+        return predictor.clamp(max=MAX_LOG_RATE).exp()
+
+    def marginal_mean(self, predictor, variance, noise):
+        return self.mean(predictor + 0.5 * variance, noise)
+
+
+@dataclass(frozen=True)
+class Poisson(_Counts):
+    r"""Event counts: :math:`y \sim \mathrm{Poisson}(e^{\eta})`, the rate in events a bin."""
+
+    def sample_noise(self, recording: Recording) -> None:
+        return None
+
+    def log_prob(self, predictor, noise, value):
+        predictor = predictor.clamp(max=MAX_LOG_RATE)
+        return value * predictor - predictor.exp() - torch.lgamma(value + 1.0)
+
+    def score(self, predictor, noise, value):
+        return value - self.mean(predictor, noise)
+
+    def curvature(self, predictor, noise, value):
+        return self.mean(predictor, noise)
+
+    def sample(self, predictor, noise):
+        return torch.poisson(self.mean(predictor, noise))
+
+
+@dataclass(frozen=True)
+class NegativeBinomial(_Counts):
+    r"""Overdispersed counts: mean :math:`\mu = e^{\eta}`, variance :math:`\mu + \mu^2 / r_n`.
+
+    The site ``concentration`` is r; Poisson is its limit r to infinity.
+    """
+
+    noise_name = "concentration"
+
+    def sample_noise(self, recording: Recording) -> Tensor:
+        prior = dist.LogNormal(torch.full_like(recording.scale, math.log(5.0)), 1.5)
+        return pyro.sample("concentration", prior.to_event(1), infer=_PER_UNIT)
+
+    def initial_values(self, recording: Recording) -> dict[str, Tensor]:
+        return super().initial_values(recording) | {"concentration": torch.full_like(recording.scale, 5.0)}
+
+    def log_prob(self, predictor, noise, value):
+        predictor = predictor.clamp(max=MAX_LOG_RATE)
+        log_total = torch.logaddexp(noise.log(), predictor)
+        count = torch.lgamma(value + noise) - torch.lgamma(noise) - torch.lgamma(value + 1.0)
+        return count + noise * noise.log() + value * predictor - (value + noise) * log_total
+
+    def score(self, predictor, noise, value):
+        return value - (value + noise) * torch.sigmoid(predictor - noise.log())
+
+    def curvature(self, predictor, noise, value):
+        share = torch.sigmoid(predictor - noise.log())
+        return (value + noise) * share * (1.0 - share)
+
+    def sample(self, predictor, noise):
+        rate = torch._standard_gamma(noise.expand(predictor.shape)) / noise * self.mean(predictor, noise)
+        return torch.poisson(rate)
+
+
+@dataclass(frozen=True)
+class Bernoulli(Readout):
+    r"""Binary observations: :math:`P(y = 1) = 1 / (1 + e^{-\eta})`."""
+
+    def check(self, recording: Recording) -> None:
+        _refuse(recording, lambda y: (y != 0) & (y != 1), "Bernoulli", "zeros and ones",
+                "use readouts.Poisson() for counts, or smaller bins")  # fmt: skip
+
+    def sample_offset(self, recording: Recording) -> Tensor:
+        return pyro.sample("offset", dist.Normal(torch.zeros_like(recording.scale), 3.0).to_event(1), infer=_PER_UNIT)
+
+    def sample_noise(self, recording: Recording) -> None:
+        return None
+
+    def initial_values(self, recording: Recording) -> dict[str, Tensor]:
+        total, bins = _totals(recording)
+        return {"offset": torch.logit((total + 0.5) / (bins + 1.0))}
+
+    def linearise(self, recording: Recording) -> Tensor:
+        total, bins = _totals(recording)
+        share = (total + 0.5) / (bins + 1.0)
+        return (recording.observations - share) / (share * (1.0 - share))
+
+    def log_prob(self, predictor, noise, value):
+        return value * predictor - softplus(predictor)
+
+    def score(self, predictor, noise, value):
+        return value - torch.sigmoid(predictor)
+
+    def curvature(self, predictor, noise, value):
+        share = torch.sigmoid(predictor)
+        return share * (1.0 - share)
+
+    def mean(self, predictor, noise):
+        return torch.sigmoid(predictor)
+
+    def marginal_mean(self, predictor, variance, noise):
+        # Gauss-Hermite of 15 nodes: within 1e-6 for the variances that a loading of order one gives.
+        nodes, weights = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(15))
+        sd = variance.sqrt()
+        total = sum(w * torch.sigmoid(predictor + x * sd) for x, w in zip(nodes, weights, strict=True))
+        return total / weights.sum()
+
+    def sample(self, predictor, noise):
+        return torch.bernoulli(torch.sigmoid(predictor))
+
+
+class AffineReadout(TorchDistribution):
+    """The observations of all trials, bins and units given a path, under a `Readout`.
+
+    Parameters
+    ----------
+    law : Readout
+    path : Tensor, (*batch, time, latent)
+    loading : Tensor, (*batch, unit, latent)
+    offset, noise : Tensor, (*batch, unit); ``noise`` may be None
+    mask : Tensor, (trial, time, unit), optional
+        True where observed. Values under a False count for nothing, in the density and in its gradient.
+
+    Notes
+    -----
+    Event shape (time, unit). The last batch dimension is the trial; draws stand to its left.
+    """
+
+    arg_constraints = {}
+    support = constraints.independent(constraints.real, 2)
+
+    def __init__(self, law: Readout, path: Tensor, loading: Tensor, offset: Tensor, noise: Tensor | None, mask=None):
+        self.law, self.path, self.loading, self.mask = law, path, loading, mask
+        self.offset = offset.unsqueeze(-2)
+        self.noise = None if noise is None else noise.unsqueeze(-2)
+        self.predictor = self.predict(path)
+        super().__init__(self.predictor.shape[:-2], self.predictor.shape[-2:], validate_args=False)
+
+    def predict(self, path: Tensor) -> Tensor:
+        """The predictor (*batch, time, unit) of another path."""
+        return path @ self.loading.mT + self.offset
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.log_likelihood(self.predictor, value)
+
+    def log_likelihood(self, predictor: Tensor, value: Tensor) -> Tensor:
+        """Log likelihood of a trial, (*batch), at a given predictor."""
+        return self._where_observed(self.law.log_prob(predictor, self.noise, value)).sum((-2, -1))
+
+    def score(self, predictor: Tensor, value: Tensor) -> Tensor:
+        """Derivative of the log likelihood in the predictor, zero where unobserved."""
+        return self._where_observed(self.law.score(predictor, self.noise, value))
+
+    def curvature(self, predictor: Tensor, value: Tensor) -> Tensor:
+        """Minus the second derivative in the predictor, zero where unobserved."""
+        return self._where_observed(self.law.curvature(predictor, self.noise, value))
+
+    def _where_observed(self, values: Tensor) -> Tensor:
+        return values if self.mask is None else torch.where(self.mask, values, 0.0)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.law.mean(self.predictor, self.noise)
+
+    def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 (torch's own signature)
+        with torch.no_grad():
+            return self.law.sample(self.predictor.expand(self._extended_shape(sample_shape)), self.noise)
+
+    def expand(self, batch_shape, _instance=None) -> AffineReadout:
+        path = self.path.expand(torch.Size(batch_shape) + self.path.shape[-2:])
+        noise = None if self.noise is None else self.noise.squeeze(-2)
+        return AffineReadout(self.law, path, self.loading, self.offset.squeeze(-2), noise, self.mask)
+
+
+_PER_UNIT = {"event_dims": ("unit",)}
+
+
+def _totals(recording: Recording) -> tuple[Tensor, Tensor]:
+    """Sum and number of observed bins of each unit."""
+    total = recording.observations.sum((0, 1))
+    if recording.mask is None:
+        return total, torch.full_like(total, float(recording.num_trials * recording.num_bins))
+    return total, recording.mask.sum((0, 1)).to(total.dtype)
+
+
+def _refuse(recording: Recording, wrong, readout: str, expected: str, remedy: str) -> None:
+    if recording.observations is None:
+        return
+    bad = wrong(recording.observations)
+    if not bool(bad.any()):
+        return
+    trial, time, unit = (int(i) for i in bad.nonzero()[0])
+    raise ReadoutError(
+        f"readout {readout} takes {expected}, but observations has {int(bad.sum())} other values (first: "
+        f"{float(recording.observations[trial, time, unit])} at trial {recording.trial[trial]}, time "
+        f"{recording.time[time]:.4g} s, unit {recording.unit[unit]!r}); {remedy}"
+    )
