@@ -5,8 +5,9 @@ readout, with :math:`\hat x` the mode of :math:`\log p(y, x \mid \theta)` and H 
 
 .. math:: \log p(y \mid \theta) \approx \log p(y, \hat x \mid \theta) - \tfrac12 \log|H| + \tfrac{TD}{2}\log 2\pi .
 
-The mode depends on :math:`\theta`. One Newton step from the detached mode, with the Hessian detached and the gradient not,
-carries that dependence, so that one pass of autograd gives the full derivative; a mode that is merely detached does not.
+The mode depends on :math:`\theta`. One Newton step from the detached mode, with the Hessian detached and the gradient
+not, carries that dependence, so that one pass of autograd gives the full derivative; a mode that is merely detached
+does not.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pyrodyn.readouts import AffineReadout
 
 MAX_NEWTON_STEPS = 100
 MAX_PREDICTOR_STEP = 4.0  # in one Newton step no predictor moves further: exp() overshoots from afar
-TOLERANCE = 1e-7  # largest step of a latent at convergence; the step that carries the gradient squares it
+TOLERANCE = 1e-5  # largest full step of a latent at convergence; its error is the square, and is squared again
 SUFFICIENT = 1e-4  # Armijo's constant
 
 
@@ -41,25 +42,25 @@ def path_evidence(prior: GaussMarkov, readout: AffineReadout, observations: Tens
 
 
 def gaussian_potential(readout: AffineReadout, observations: Tensor) -> tuple[Tensor, Tensor]:
-    """What Gaussian observations say of the path: precision (*batch, time or 1, latent, latent), linear (..., latent)."""
+    """What Gaussian observations say of the path: precision (*batch, time or 1, latent, latent) and linear part."""
     weight = readout.noise.square().reciprocal()  # (*draw, 1, 1, unit)
     weighted = readout.loading * weight.squeeze(-2).unsqueeze(-1)  # R^-1 C, (*draw, 1, unit, latent)
-    if readout.mask is None:
+    if readout.observed is None:
         precision = (readout.loading.mT @ weighted).unsqueeze(-3)
         linear = observations @ weighted - (readout.offset @ weighted)
         return precision, linear
-    seen = readout.mask.to(observations.dtype)
+    seen = readout.observed.to(observations.dtype)
     pairs = (readout.loading.unsqueeze(-1) * weighted.unsqueeze(-2)).flatten(-2)
     precision = seen @ pairs
     precision = precision.reshape(precision.shape[:-1] + readout.loading.shape[-1:] * 2)
-    return precision, torch.where(readout.mask, observations - readout.offset, 0.0) @ weighted
+    return precision, torch.where(readout.observed, observations - readout.offset, 0.0) @ weighted
 
 
 def gaussian_evidence(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) -> Tensor:
     """Exact log p(y | parameters) of every trial; units enter only through their weighted sums."""
     posterior = prior.condition(*gaussian_potential(readout, observations))
     # Log density of the observations at a path of zeros, from sums over bins: no (draw, trial, time, unit) tensor.
-    seen = torch.ones_like(observations) if readout.mask is None else readout.mask.to(observations.dtype)
+    seen = torch.ones_like(observations) if readout.observed is None else readout.observed.to(observations.dtype)
     count = seen.sum(-2)
     middle = (observations * seen).sum((0, 1)) / seen.sum((0, 1)).clamp(min=1.0)
     centred = (observations - middle) * seen
@@ -74,8 +75,8 @@ def gaussian_evidence(prior: GaussMarkov, readout: AffineReadout, observations: 
 def linearised_potential(readout: AffineReadout, point: Tensor, observations: Tensor) -> tuple[Tensor, Tensor]:
     """The second-order expansion of the log likelihood about the path ``point``, as a Gaussian potential on the path.
 
-    Exact, and independent of ``point``, for a Gaussian readout. Returns precision (*batch, time or 1, latent, latent) and
-    linear part (*batch, time, latent).
+    Exact, and independent of ``point``, for a Gaussian readout. Returns precision (*batch, time or 1, latent, latent)
+    and linear part (*batch, time, latent).
     """
     if readout.law.is_gaussian:
         return gaussian_potential(readout, observations)
@@ -110,8 +111,9 @@ def laplace_evidence(prior: GaussMarkov, readout: AffineReadout, observations: T
 def find_mode(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) -> Tensor:
     """The most probable path of every draw and trial, (*draw, trial, time, latent), by damped Newton steps.
 
-    The start is the prior mean, a function of the parameters alone: a start carried over from an earlier call would make a
-    sampler's target depend on its history. Each batch element stops by itself when its step is below `TOLERANCE`.
+    The start is the prior mean, a function of the parameters alone: a start carried over from an earlier call would
+    make a sampler's target depend on its history. Each batch element stops by itself when its step is below
+    `TOLERANCE`.
     """
     batch = torch.broadcast_shapes(prior.batch_shape, readout.batch_shape)
     state = prior.mean.expand(batch + prior.event_shape).clone()
@@ -125,7 +127,8 @@ def find_mode(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) 
         move = step @ readout.loading.mT
         size = (MAX_PREDICTOR_STEP / move.abs().amax((-2, -1)).clamp(min=1e-12)).clamp(max=1.0)
         gain = (slope * step).sum((-2, -1))
-        pending = active & torch.isfinite(gain)
+        active = active & torch.isfinite(gain)
+        pending = active
         while bool(pending.any()):
             trial_predictor = predictor + size[..., None, None] * move
             trial_state = state + size[..., None, None] * step
@@ -138,7 +141,7 @@ def find_mode(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) 
             pending = pending & ~accepted
             size = torch.where(pending, 0.5 * size, size)
             pending = pending & (size > 1e-10)
-        active = active & (step.abs().amax((-2, -1)) * size > TOLERANCE)
+        active = active & ((step.abs().amax((-2, -1)) > TOLERANCE) & (size > 1e-10))
         if not bool(active.any()):
             break
     return state

@@ -27,7 +27,7 @@ from pyrodyn.posterior import (
     to_datatree,
     trial_batches,
 )
-from pyrodyn.program import LatentModel, StateSpaceModel, globals_given, specification
+from pyrodyn.program import LatentModel, StateSpaceModel, globals_given, is_random, specification
 from pyrodyn.recording import Recording
 
 INTERVAL = (0.05, 0.95)
@@ -53,14 +53,14 @@ def fit(
     seed : int
         All randomness comes from it: the same seed, machine and versions give the same draws.
     checkpoint : path, optional
-        A file in which the run keeps its state. A run that was killed and is called again with the same arguments resumes
-        from it and ends with the same draws to the bit. The file stays until you delete it.
+        A file in which the run keeps its state. A run that was killed and is called again with the same arguments
+        resumes from it and ends with the same draws to the bit. The file stays until you delete it.
 
     Returns
     -------
     xarray.DataTree
-        Groups ``posterior``, ``invariants``, ``unconstrained_posterior``, ``latents``, ``sample_stats``, ``log_likelihood``,
-        ``observed_data``, ``constant_data``; see `pyrodyn.posterior.to_datatree`.
+        Groups ``posterior``, ``invariants``, ``unconstrained_posterior``, ``latents``, ``sample_stats``,
+        ``log_likelihood``, ``observed_data``, ``constant_data``; see `pyrodyn.posterior.to_datatree`.
 
     Raises
     ------
@@ -75,7 +75,9 @@ def fit(
             "Recording.from_arrays(values, bin_width=...), values being (trial, time, unit)"
         )
     if recording.observations is None:
-        raise RecordingError("recording has no observations to fit; give it some with recording.with_observations(values)")
+        raise RecordingError(
+            "recording has no observations to fit; give it some with recording.with_observations(values)"
+        )
     if not isinstance(model, LatentModel):
         raise ModelError(f"model must be one of pyrodyn.models, such as models.LDS(latent_dim=3), got {model!r}")
     engine = SVI() if engine is None else engine
@@ -105,8 +107,8 @@ def simulate(
     ----------
     model : LatentModel
     like : Recording
-        Gives the shape, labels, inputs, mask, and the channels' units; its observations are not looked at, except for the
-        choice of the gauge.
+        Gives the shape, labels, inputs, mask, and the channels' units; its observations are not looked at, except for
+        the choice of the gauge.
     seed : int
     values : mapping of site to Tensor, optional
         Sites held at a value instead of drawn from their prior.
@@ -120,19 +122,20 @@ def simulate(
     held = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in (values or {}).items()}
     with random_stream(seed), torch.no_grad(), double_precision():
         drawn = poutine.trace(poutine.condition(model.sample_globals, data=held)).get_trace(like)
-        sites = {name: drawn.nodes[name]["value"] for name in drawn.stochastic_nodes + drawn.observation_nodes}
+        sites: dict[str, Any] = {name: site["value"] for name, site in drawn.nodes.items() if is_random(site)}
         trace = poutine.trace(poutine.condition(model, data=sites)).get_trace(like.blank())
         labelled = model.label(globals_given(model, sites, like))
     truth = xr.Dataset(
         {name: (dims, value.numpy()) for name, (dims, value) in labelled.items()}, coords=coordinates(like, labelled)
     )
-    if "latent" in trace.nodes:
+    values_of: dict[str, Any] = {name: site["value"] for name, site in trace.nodes.items() if is_random(site)}
+    if "latent" in values_of:
         truth["path"] = xr.DataArray(
-            trace.nodes["latent"]["value"].numpy(),
+            values_of["latent"].numpy(),
             dims=("trial", "time", "latent"),
             coords={"trial": like.trial, "time": like.time},
         )
-    return like.with_observations(trace.nodes["observations"]["value"]), truth
+    return like.with_observations(values_of["observations"]), truth
 
 
 def predict(
@@ -145,16 +148,17 @@ def predict(
 ) -> xr.Dataset:
     """Latents and expected observations of a recording, old or new, under a posterior.
 
-    The path of every trial is inferred from that trial's own observed entries, with the globals held at posterior draws. To
-    predict units from others, or bins from earlier ones, hide them first: ``predict(posterior, recording.hide(unit=...))``.
+    The path of every trial is inferred from that trial's own observed entries, with the globals held at posterior
+    draws. To predict units from others, or bins from earlier ones, hide them first: ``predict(posterior,
+    recording.hide(unit=...))``.
 
     Parameters
     ----------
     posterior : xarray.DataTree
         From `fit` or `load`.
     recording : Recording
-        With the units of the posterior, in their order; any trials, of any length. Without observations, it is the prior of the
-        path that is predicted.
+        With the units of the posterior, in their order; any trials, of any length. Without observations, it is the
+        prior of the path that is predicted.
     draws : int
         Evenly thinned posterior draws of the globals.
     seed : int
@@ -164,8 +168,8 @@ def predict(
     Returns
     -------
     xarray.Dataset
-        ``expected`` (trial, time, unit), the posterior mean of the expected observation, for counts in events a bin, with
-        ``expected_sd`` and the 90% interval ``expected_lower``, ``expected_upper``; ``path`` and ``path_sd``
+        ``expected`` (trial, time, unit), the posterior mean of the expected observation, for counts in events a bin,
+        with ``expected_sd`` and the 90% interval ``expected_lower``, ``expected_upper``; ``path`` and ``path_sd``
         (trial, time, latent).
     """
     model = model_of(posterior) if model is None else model
@@ -173,7 +177,9 @@ def predict(
         raise ModelError(f"predict needs a StateSpaceModel, got {type(model).__name__}")
     _same_units(posterior, recording)
     parameters = parameters_of(posterior, model, draws)
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("expected", "expected_sd", "expected_lower", "expected_upper")}
+    parts: dict[str, list[np.ndarray]] = {
+        name: [] for name in ("expected", "expected_sd", "expected_lower", "expected_upper")
+    }
     laws = []
     with random_stream(seed), torch.no_grad(), double_precision():
         for part in trial_batches(recording, draws):
@@ -181,7 +187,9 @@ def predict(
             laws.append(law)
             readout = model.readout_law(parameters, law.mean, part)
             spread = torch.einsum("...tij,...ui,...uj->...tu", law.covariance, readout.loading, readout.loading)
-            parts["expected"].append(readout.law.marginal_mean(readout.predictor, spread, readout.noise).mean(0).numpy())
+            parts["expected"].append(
+                readout.law.marginal_mean(readout.predictor, spread, readout.noise).mean(0).numpy()
+            )
             drawn = readout.law.mean(readout.predict(law.sample()), readout.noise).numpy()
             parts["expected_sd"].append(drawn.std(0))
             lower, upper = np.quantile(drawn, INTERVAL, axis=0)

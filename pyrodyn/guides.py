@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pyrodyn.conditioning import find_mode, linearised_potential
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.errors import ModelError
-from pyrodyn.program import Program, StateSpaceModel, globals_given, is_random, trial_plate
+from pyrodyn.program import PATH_DIMS, Program, StateSpaceModel, globals_given, is_random, trial_plate
 from pyrodyn.readouts import AffineReadout
 from pyrodyn.recording import Recording
 
@@ -49,7 +49,7 @@ class GuideFactory(Protocol):
 
 @dataclass(frozen=True)
 class FullRank:
-    """One Gaussian with a full covariance over all unconstrained sites, trained in coordinates whitened at the start."""
+    """One Gaussian with a full covariance over all unconstrained sites, trained in whitened coordinates."""
 
     initial_scale: float = 0.05  # where no covariance is known at the start
 
@@ -58,7 +58,7 @@ class FullRank:
 
 
 class _WhitenedNormal(AutoContinuous):
-    """N(centre + root m, root S S' root'), with m and the lower triangular S to be learned: near 0 and 1 if root is right."""
+    """N(centre + root m, root S S' root'), m and lower triangular S to be learned: 0 and 1 where root is right."""
 
     def __init__(self, program: Program, start: Start, initial_scale: float) -> None:
         super().__init__(program, init_loc_fn=_initialise(start))
@@ -108,10 +108,10 @@ class LowRank:
 class Structured:
     r""":math:`q(\theta)\,q(x \mid \theta)`, the path a Gauss-Markov chain that moves with the parameters.
 
-    :math:`q(x \mid \theta) \propto p(x \mid \theta) \prod_t g_t(x_t; \theta)`, with :math:`g_t` the second-order expansion of
-    the likelihood under :math:`\theta` about a learned path. So the dependence of path on parameters is kept, where a product
-    :math:`q(\theta)\,q(x)` makes the posterior of the dynamics far too narrow. With a Gaussian readout it is the exact
-    conditional whatever the learned path.
+    :math:`q(x \mid \theta) \propto p(x \mid \theta) \prod_t g_t(x_t; \theta)`, with :math:`g_t` the second-order
+    expansion of the likelihood under :math:`\theta` about a learned path. So the dependence of path on parameters is
+    kept, where a product :math:`q(\theta)\,q(x)` makes the posterior of the dynamics far too narrow. With a Gaussian
+    readout it is the exact conditional whatever the learned path.
 
     Reference: structured variational inference after Hoffman & Blei, AISTATS 2015.
     """
@@ -125,9 +125,7 @@ class Structured:
 class StructuredGuide(PyroModule):
     """The module built by `Structured`; ``globals`` is the guide of the globals, ``point`` the learned path."""
 
-    def __init__(
-        self, model: Program, recording: Recording, factory: GuideFactory, start: Start
-    ) -> None:
+    def __init__(self, model: Program, recording: Recording, factory: GuideFactory, start: Start) -> None:
         super().__init__()
         if not isinstance(model, StateSpaceModel):
             raise ModelError(f"the guide Structured needs a StateSpaceModel with a path, got {type(model).__name__}")
@@ -147,13 +145,13 @@ class StructuredGuide(PyroModule):
         self._model = (model,)  # in a tuple: a model is not a submodule, and has no parameters to train
         self.globals = factory(_GlobalsOnly(model), recording, start)
         with torch.no_grad():
-            self.point = nn.Parameter(find_mode(prior, readout, recording.observations))
+            self.point = nn.Parameter(find_mode(prior, readout, recording.values))
 
     def forward(self, recording: Recording) -> dict[str, Tensor]:
         values = dict(self.globals(recording))
         law = self.path_given(values, recording)
         with trial_plate(recording):
-            values["latent"] = pyro.sample("latent", law, infer={"event_dims": ("time", "latent")})
+            values["latent"] = pyro.sample("latent", law, infer=PATH_DIMS)
         return values
 
     def path_given(self, values: Mapping[str, Tensor], recording: Recording) -> GaussMarkov:
@@ -162,12 +160,12 @@ class StructuredGuide(PyroModule):
         parameters = globals_given(model, values, recording)
         readout = model.readout_law(parameters, self.point, recording)
         prior = model.latent_path(parameters, recording)
-        law = prior.condition(*linearised_potential(readout, self.point, recording.observations))
+        law = prior.condition(*linearised_potential(readout, self.point, recording.values))
         if readout.law.is_gaussian:
             return law
         # The expansion point follows the parameters by one Newton step: a fixed point makes their posterior too narrow
         # where rates are high.
-        return prior.condition(*linearised_potential(readout, law.mean, recording.observations))
+        return prior.condition(*linearised_potential(readout, law.mean, recording.values))
 
 
 @dataclass(frozen=True)
@@ -185,15 +183,21 @@ def _initialise(start: Start):
 
 
 def draw_globals(guide: nn.Module, recording: Recording, draws: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Draws of the globals (draw, 1, *event) and their log density under the guide, (draw,)."""
+    """Draws (draw, *event) of the globals, (draw, trial, *event) of what is local to a trial, and their log density (draw,).
+
+    Of a `StructuredGuide` the globals alone are drawn.
+    """
     source = guide.globals if isinstance(guide, StructuredGuide) else guide
-    with torch.no_grad(), pyro.plate("draw", draws, dim=-2):
-        trace = poutine.trace(source).get_trace(recording)
-    trace.compute_log_prob()
+    with torch.no_grad():
+        with pyro.plate("draw", draws, dim=-2):
+            trace = poutine.trace(source).get_trace(recording)
+        trace.compute_log_prob()
     values, log_q = {}, torch.zeros(draws, dtype=torch.float64)
-    for name, site in trace.nodes.items():
+    nodes: Any = trace.nodes
+    for name, site in nodes.items():
         if is_random(site):
             log_q = log_q + site["log_prob"].reshape(draws, -1).sum(-1)
-            if not name.startswith("_"):
-                values[name] = site["value"]
+            if not site["infer"].get("is_auxiliary", False):
+                local = any(frame.name == "trial" for frame in site["cond_indep_stack"])
+                values[name] = site["value"] if local else site["value"].squeeze(1)
     return values, log_q

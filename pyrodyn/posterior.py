@@ -20,6 +20,7 @@ from pyrodyn import models, readouts
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.errors import ModelError
 from pyrodyn.inference import LogDensity, collapse, collapses
+from pyrodyn.inference.collapse import Collapsed
 from pyrodyn.inference.engine import Draws, double_precision, random_stream
 from pyrodyn.program import Labelled, LatentModel, Program, globals_given, log_terms, specification
 from pyrodyn.recording import Recording
@@ -39,13 +40,16 @@ def to_datatree(
 ) -> xr.DataTree:
     """Assemble the posterior of one fit.
 
-    Groups, each with labelled dims and coordinates: ``posterior`` (chain, draw, ...), ``invariants`` (what no symmetry of
-    the model changes), ``unconstrained_posterior``, ``latents`` (mean, sd, and thinned draws of the path), ``sample_stats``,
-    ``log_likelihood`` (chain, draw, trial; the path integrated out), ``observed_data``, ``constant_data``.
+    Groups, each with labelled dims and coordinates: ``posterior`` (chain, draw, ...), ``invariants`` (what no symmetry
+    of the model changes), ``unconstrained_posterior``, ``latents`` (mean, sd, and thinned draws of the path),
+    ``sample_stats``, ``log_likelihood`` (chain, draw, trial; the path integrated out), ``observed_data``,
+    ``constant_data``.
     """
-    base = model.model if hasattr(model, "model") else model
+    base = model.model if isinstance(model, Collapsed) else model
     if not isinstance(base, LatentModel):
-        raise ModelError(f"fit takes a model of pyrodyn.models or a LatentModel of your own, got {type(model).__name__}")
+        raise ModelError(
+            f"fit takes a model of pyrodyn.models or a LatentModel of your own, got {type(model).__name__}"
+        )
     lead = next(iter(draws.samples.values())).shape[:2]
     flat = {name: value.flatten(0, 1).unsqueeze(1) for name, value in draws.samples.items()}  # (draw, 1, *event)
     stats = {name: value.numpy() for name, value in draws.stats.items()}
@@ -97,7 +101,10 @@ def to_datatree(
 def recording_of(posterior: xr.DataTree) -> Recording:
     """The recording a posterior was fitted to."""
     return Recording.from_xarray(
-        xr.merge([posterior["observed_data"].to_dataset(), posterior["constant_data"].to_dataset()], combine_attrs="drop_conflicts")
+        xr.merge(
+            [posterior["observed_data"].to_dataset(), posterior["constant_data"].to_dataset()],
+            combine_attrs="drop_conflicts",
+        )
     )
 
 
@@ -149,7 +156,11 @@ def coordinates(recording: Recording, labelled: Labelled) -> dict[str, Any]:
         "trial": recording.trial,
         "input": np.asarray(recording.input_names, dtype=str),
     }
-    used = {dim: size for dims, value in labelled.values() for dim, size in zip(dims, value.shape[-len(dims) :], strict=True)}
+    used = {
+        dim: size
+        for dims, value in labelled.values()
+        for dim, size in zip(dims, value.shape[-len(dims) :], strict=True)
+    }
     found = {dim: known.get(dim, np.arange(size)) for dim, size in used.items()}
     if "unit" in found:
         found["region"] = known["region"]
@@ -164,8 +175,10 @@ def diagnose(invariants: xr.Dataset, stats: xr.Dataset) -> tuple[dict[str, float
     if "log_q" in stats:
         if "lp" in stats and draws >= 25:
             # Drawn independently from q: Pareto's shape of p / q tells whether reweighting would mend q.
-            _, shape = (stats["log_q"] - stats["lp"]).azstats.psislw(dim=["chain", "draw"])
-            found["k_hat"] = float(shape)
+            with np.errstate(all="ignore"):  # weights that underflow leave no tail to fit
+                _, shape = (stats["log_q"] - stats["lp"]).azstats.psislw(dim=["chain", "draw"])
+            if math.isfinite(float(shape)):
+                found["k_hat"] = float(shape)
         return found, complaints
     if draws >= 4:
         with np.errstate(all="ignore"):
@@ -180,7 +193,7 @@ def diagnose(invariants: xr.Dataset, stats: xr.Dataset) -> tuple[dict[str, float
 
 
 def _scores(model: LatentModel, recording: Recording, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Log prior (draw,) and log likelihood of every trial (draw, trial), the path integrated out, in batches of draws."""
+    """Log prior (draw,) and log likelihood (draw, trial), the path integrated out, in batches of draws."""
     program = collapse(model)
     draws = len(next(iter(values.values())))
     share = recording.num_trials * recording.num_bins * recording.num_units
@@ -224,7 +237,9 @@ def _dataset(labelled: Labelled, lead: torch.Size, coords: Mapping[str, Any]) ->
     """Values (draw, 1, *event) as variables (chain, draw, *event)."""
     variables = {}
     for name, (dims, value) in labelled.items():
-        full = value.expand(lead.numel(), *value.shape[-len(dims) - 1 :] if value.dim() > len(dims) else (1, *value.shape))
+        full = value.expand(
+            lead.numel(), *value.shape[-len(dims) - 1 :] if value.dim() > len(dims) else (1, *value.shape)
+        )
         variables[name] = (("chain", "draw", *dims), full.reshape(*lead, *value.shape[-len(dims) :]).numpy())
     used = {dim for dims, _ in variables.values() for dim in dims}
     kept = {name: coord for name, coord in coords.items() if name in used or (name == "region" and "unit" in used)}
@@ -281,7 +296,7 @@ def to_inferencedata(posterior: xr.DataTree) -> Any:
     ImportError
         Where ArviZ 0.x is not installed; ArviZ 1.x reads the DataTree as it is.
     """
-    import arviz  # noqa: PLC0415 (optional, and it cannot be imported beside some versions of matplotlib)
+    import arviz  # pyright: ignore[reportMissingImports]
 
     if not hasattr(arviz, "InferenceData"):
         raise ImportError("this arviz is 1.x and has no InferenceData: hand it the DataTree itself")

@@ -3,9 +3,9 @@
 A model is a generative program: called on a recording it samples its globals, then for every trial a path and the
 observations, conditioning on those the recording holds. It never fits itself and holds no data.
 
-**The broadcast rule.** A global may carry any number of draw dimensions on the left, and then a dimension of size one where
-the trial plate stands: ``(*draw, 1, *event)``. A local of a trial is ``(*draw, trial, *event)``. So particles, chains,
-posterior draws and replicates of a calibration are scored by one batched call.
+**The broadcast rule.** A global may carry any number of draw dimensions on the left, and then a dimension of size one
+where the trial plate stands: ``(*draw, 1, *event)``. A local of a trial is ``(*draw, trial, *event)``. So particles,
+chains, posterior draws and replicates of a calibration are scored by one batched call.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ from typing import Any, Protocol, final
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Distribution
+from pyro.distributions import TorchDistribution
 from torch import Tensor
 
 from pyrodyn.recording import Recording
+
+# Pyro passes these keys through; its own annotation of ``infer`` does not know them.
+PATH_DIMS: Any = {"event_dims": ("time", "latent")}
+OBSERVATION_DIMS: Any = {"event_dims": ("time", "unit")}
 
 
 class Program(Protocol):
@@ -80,25 +84,23 @@ class StateSpaceModel(LatentModel):
     """Globals, a latent path in every trial, and a readout of it."""
 
     @abstractmethod
-    def latent_path(self, parameters: Any, recording: Recording) -> Distribution:
+    def latent_path(self, parameters: Any, recording: Recording) -> TorchDistribution:
         """Law of the path: event (time, latent), batch (*draw, trial) or (*draw, 1)."""
 
     @abstractmethod
-    def readout_law(self, parameters: Any, path: Tensor, recording: Recording) -> Distribution:
+    def readout_law(self, parameters: Any, path: Tensor, recording: Recording) -> TorchDistribution:
         """Law of the observations: event (time, unit), batch (*draw, trial)."""
 
     @final
     def forward(self, recording: Recording) -> Tensor:
         parameters = self.sample_globals(recording)
         with trial_plate(recording):
-            path = pyro.sample(
-                "latent", self.latent_path(parameters, recording), infer={"event_dims": ("time", "latent")}
-            )
+            path = pyro.sample("latent", self.latent_path(parameters, recording), infer=PATH_DIMS)
             return pyro.sample(
                 "observations",
                 self.readout_law(parameters, path, recording),
                 obs=recording.observations,
-                infer={"event_dims": ("time", "unit")},
+                infer=OBSERVATION_DIMS,
             )
 
 
@@ -145,7 +147,7 @@ def is_random(site: Mapping[str, Any]) -> bool:
     return site["type"] == "sample" and type(site["fn"]).__name__ != "_Subsample"
 
 
-def specification(options: Any) -> dict[str, Any]:
+def specification(options: Any) -> Any:
     """A frozen dataclass of options as plain JSON: its class name and its fields."""
     if dataclasses.is_dataclass(options) and not isinstance(options, type):
         fields = {f.name: specification(getattr(options, f.name)) for f in dataclasses.fields(options)}
@@ -153,5 +155,5 @@ def specification(options: Any) -> dict[str, Any]:
     if isinstance(options, Mapping):
         return {str(key): specification(value) for key, value in options.items()}
     if isinstance(options, (list, tuple)):
-        return [specification(value) for value in options]  # type: ignore[return-value]
+        return [specification(value) for value in options]
     return options

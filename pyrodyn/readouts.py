@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyro
@@ -70,27 +70,27 @@ class Readout(ABC):
         return torch.ones_like(recording.scale)
 
     @abstractmethod
-    def log_prob(self, predictor: Tensor, noise: Tensor | None, value: Tensor) -> Tensor:
+    def log_prob(self, predictor: Tensor, noise: Any, value: Tensor) -> Tensor:
         """Log density or mass."""
 
     @abstractmethod
-    def score(self, predictor: Tensor, noise: Tensor | None, value: Tensor) -> Tensor:
+    def score(self, predictor: Tensor, noise: Any, value: Tensor) -> Tensor:
         """First derivative of `log_prob` in the predictor."""
 
     @abstractmethod
-    def curvature(self, predictor: Tensor, noise: Tensor | None, value: Tensor) -> Tensor:
+    def curvature(self, predictor: Tensor, noise: Any, value: Tensor) -> Tensor:
         """Minus the second derivative of `log_prob` in the predictor; never negative."""
 
     @abstractmethod
-    def mean(self, predictor: Tensor, noise: Tensor | None) -> Tensor:
+    def mean(self, predictor: Tensor, noise: Any) -> Tensor:
         """Expected observation: a count for a bin, or a value in the recording's units."""
 
     @abstractmethod
-    def marginal_mean(self, predictor: Tensor, variance: Tensor, noise: Tensor | None) -> Tensor:
+    def marginal_mean(self, predictor: Tensor, variance: Tensor, noise: Any) -> Tensor:
         """Expected observation where the predictor is itself normal, with mean ``predictor`` and ``variance``."""
 
     @abstractmethod
-    def sample(self, predictor: Tensor, noise: Tensor | None) -> Tensor:
+    def sample(self, predictor: Tensor, noise: Any) -> Tensor:
         """Draw observations."""
 
 
@@ -119,7 +119,7 @@ class Gaussian(Readout):
         return {"offset": recording.center.clone(), "noise_sd": 0.7 * recording.scale}
 
     def linearise(self, recording: Recording) -> Tensor:
-        return (recording.observations - recording.center) / recording.scale
+        return (recording.values - recording.center) / recording.scale
 
     def signal_scale(self, recording: Recording) -> Tensor:
         return recording.scale
@@ -161,7 +161,7 @@ class _Counts(Readout):
     def linearise(self, recording: Recording) -> Tensor:
         total, bins = _totals(recording)
         rate = (total + 0.5) / (bins + 1.0)
-        return recording.observations / rate - 1.0  # to first order the deviation of the log rate
+        return recording.values / rate - 1.0  # to first order the deviation of the log rate
 
     def mean(self, predictor, noise):
         return predictor.clamp(max=MAX_LOG_RATE).exp()
@@ -246,7 +246,7 @@ class Bernoulli(Readout):
     def linearise(self, recording: Recording) -> Tensor:
         total, bins = _totals(recording)
         share = (total + 0.5) / (bins + 1.0)
-        return (recording.observations - share) / (share * (1.0 - share))
+        return (recording.values - share) / (share * (1.0 - share))
 
     def log_prob(self, predictor, noise, value):
         return value * predictor - softplus(predictor)
@@ -281,7 +281,7 @@ class AffineReadout(TorchDistribution):
     path : Tensor, (*batch, time, latent)
     loading : Tensor, (*batch, unit, latent)
     offset, noise : Tensor, (*batch, unit); ``noise`` may be None
-    mask : Tensor, (trial, time, unit), optional
+    observed : Tensor of bool, (trial, time, unit), optional
         True where observed. Values under a False count for nothing, in the density and in its gradient.
 
     Notes
@@ -292,10 +292,18 @@ class AffineReadout(TorchDistribution):
     arg_constraints = {}
     support = constraints.independent(constraints.real, 2)
 
-    def __init__(self, law: Readout, path: Tensor, loading: Tensor, offset: Tensor, noise: Tensor | None, mask=None):
-        self.law, self.path, self.loading, self.mask = law, path, loading, mask
+    def __init__(
+        self,
+        law: Readout,
+        path: Tensor,
+        loading: Tensor,
+        offset: Tensor,
+        noise: Tensor | None,
+        observed: Tensor | None = None,
+    ):
+        self.law, self.path, self.loading, self.observed = law, path, loading, observed
         self.offset = offset.unsqueeze(-2)
-        self.noise = None if noise is None else noise.unsqueeze(-2)
+        self.noise: Any = None if noise is None else noise.unsqueeze(-2)
         self.predictor = self.predict(path)
         super().__init__(self.predictor.shape[:-2], self.predictor.shape[-2:], validate_args=False)
 
@@ -319,7 +327,7 @@ class AffineReadout(TorchDistribution):
         return self._where_observed(self.law.curvature(predictor, self.noise, value))
 
     def _where_observed(self, values: Tensor) -> Tensor:
-        return values if self.mask is None else torch.where(self.mask, values, 0.0)
+        return values if self.observed is None else torch.where(self.observed, values, 0.0)
 
     @property
     def mean(self) -> Tensor:
@@ -332,15 +340,15 @@ class AffineReadout(TorchDistribution):
     def expand(self, batch_shape, _instance=None) -> AffineReadout:
         path = self.path.expand(torch.Size(batch_shape) + self.path.shape[-2:])
         noise = None if self.noise is None else self.noise.squeeze(-2)
-        return AffineReadout(self.law, path, self.loading, self.offset.squeeze(-2), noise, self.mask)
+        return AffineReadout(self.law, path, self.loading, self.offset.squeeze(-2), noise, self.observed)
 
 
-_PER_UNIT = {"event_dims": ("unit",)}
+_PER_UNIT: Any = {"event_dims": ("unit",)}
 
 
 def _totals(recording: Recording) -> tuple[Tensor, Tensor]:
     """Sum and number of observed bins of each unit."""
-    total = recording.observations.sum((0, 1))
+    total = recording.values.sum((0, 1))
     if recording.mask is None:
         return total, torch.full_like(total, float(recording.num_trials * recording.num_bins))
     return total, recording.mask.sum((0, 1)).to(total.dtype)

@@ -325,6 +325,13 @@ class Recording:
     mask = _tensor("mask")
     inputs = _tensor("inputs")
 
+    @property
+    def values(self) -> Tensor:
+        """`observations`, where there must be some."""
+        if self.observations is None:
+            raise RecordingError("this recording is blank; give it observations by recording.with_observations(values)")
+        return self.observations
+
     @cached_property
     def center(self) -> Tensor:
         return torch.tensor(self._dataset["center"].values, device=self.device)

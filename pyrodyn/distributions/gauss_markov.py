@@ -74,7 +74,8 @@ class GaussMarkov(TorchDistribution):
         initial_mean: Tensor | None = None,
         drift: Tensor | None = None,
     ) -> GaussMarkov:
-        r"""The path of :math:`x_1 \sim N(\mu_1, \Sigma_1),\ x_t = A x_{t-1} + b_t + \epsilon_t,\ \epsilon_t \sim N(0, Q)`.
+        r"""The path of :math:`x_1 \sim N(\mu_1, \Sigma_1),\ x_t = A x_{t-1} + b_t + \epsilon_t,\ \epsilon_t \sim N(0,
+        Q)`.
 
         Parameters
         ----------
@@ -112,7 +113,9 @@ class GaussMarkov(TorchDistribution):
             )  # fmt: skip
         upper = repeat(-pushed, later)
         normaliser = (
-            0.5 * num_bins * dim * math.log(2.0 * math.pi) + _log_diagonal(initial_root) + later * _log_diagonal(noise_root)
+            0.5 * num_bins * dim * math.log(2.0 * math.pi)
+            + _log_diagonal(initial_root)
+            + later * _log_diagonal(noise_root)
         )
         linear = diagonal.new_zeros(num_bins, dim)
         if drift is not None:

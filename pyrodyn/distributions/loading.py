@@ -1,10 +1,10 @@
 r"""A loading matrix in a gauge that fixes the rotation of the latent space.
 
-A latent path seen through :math:`C x` is the same data as :math:`(C O)(O^\top x)` for any rotation O. Requiring that the
-rows of d chosen *pivot* units form a lower triangular matrix with a positive diagonal leaves one member of each family.
-If the entries of C are iid N(0, 1), then by Bartlett's decomposition the gauged matrix has iid N(0, 1) entries below
-and outside the pivot rows and :math:`\chi_{d-i+1}` on the diagonal, whichever pivots are taken: the prior on anything
-that a rotation leaves alone does not depend on the choice.
+A latent path seen through :math:`C x` is the same data as :math:`(C O)(O^\top x)` for any rotation O. Requiring that
+the rows of d chosen *pivot* units form a lower triangular matrix with a positive diagonal leaves one member of each
+family. If the entries of C are iid N(0, 1), then by Bartlett's decomposition the gauged matrix has iid N(0, 1) entries
+below and outside the pivot rows and :math:`\chi_{d-i+1}` on the diagonal, whichever pivots are taken: the prior on
+anything that a rotation leaves alone does not depend on the choice.
 
 Reference: Bartlett, Proc. R. Soc. Edinb. 53:260 (1933); gauge after Geweke & Zhou, Rev. Financ. Stud. 9:557 (1996).
 """
@@ -33,7 +33,7 @@ class _GaugedConstraint(Constraint):
     def check(self, value: Tensor) -> Tensor:
         rows = value[..., list(self.pivots), :]
         width = rows.shape[-1]
-        above = rows[..., : width, :].triu(1)
+        above = rows[..., :width, :].triu(1)
         positive = rows.diagonal(dim1=-2, dim2=-1) > 0
         return (above == 0).all(-1).all(-1) & positive.all(-1)
 
@@ -46,19 +46,19 @@ class _FillLoading(Transform):
 
     def __init__(self, constraint: _GaugedConstraint, cache_size: int = 0) -> None:
         super().__init__(cache_size=cache_size)
-        self.codomain = constraint
+        self.codomain, self.target = constraint, constraint
         dim = len(constraint.pivots)
         self.shape = torch.Size((constraint.num_units, dim))
         self._free, self._diagonal = _layout(constraint.pivots, constraint.num_units)
 
     def with_cache(self, cache_size: int = 1) -> _FillLoading:
-        return _FillLoading(self.codomain, cache_size=cache_size)
+        return _FillLoading(self.target, cache_size=cache_size)
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, _FillLoading)
-            and other.codomain.pivots == self.codomain.pivots
-            and other.codomain.num_units == self.codomain.num_units
+            and other.target.pivots == self.target.pivots
+            and other.target.num_units == self.target.num_units
         )
 
     def _call(self, x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 r"""Integrate the path out, and draw it back.
 
-Given the globals a Gauss-Markov path under an affine readout can be integrated out: exactly where the readout is Gaussian,
-by a Laplace approximation where it is log-concave. What remains is a program of the globals alone, which any engine takes.
+Given the globals a Gauss-Markov path under an affine readout can be integrated out: exactly where the readout is
+Gaussian, by a Laplace approximation where it is log-concave. What remains is a program of the globals alone, which any
+engine takes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.distributions import constraints
 from pyrodyn.conditioning import path_evidence, path_given
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.errors import CollapseError
-from pyrodyn.program import Program, StateSpaceModel, trial_plate
+from pyrodyn.program import OBSERVATION_DIMS, Program, StateSpaceModel, trial_plate
 from pyrodyn.readouts import AffineReadout
 from pyrodyn.recording import Recording
 
@@ -61,7 +62,7 @@ class Collapsed:
                 "observations",
                 MarginalReadout(*self.factors(parameters, recording)),
                 obs=recording.observations,
-                infer={"event_dims": ("time", "unit")},
+                infer=OBSERVATION_DIMS,
             )
 
     def check(self, recording: Recording) -> None:

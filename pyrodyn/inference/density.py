@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -48,10 +48,11 @@ class LogDensity:
             if not is_random(node) or node["is_observed"]:
                 continue
             transform = biject_to(node["fn"].support)
-            raw = transform.inv(node["value"])
+            value: Any = node["value"]
+            raw: Any = transform.inv(value)
             stop = start + raw.numel()
             local = bool(node["cond_indep_stack"])
-            sites.append(Site(name, local, node["value"].shape, raw.shape, transform, slice(start, stop)))
+            sites.append(Site(name, local, value.shape, raw.shape, transform, slice(start, stop)))
             start = stop
             parts.append(raw.reshape(-1))
         self.sites = tuple(sites)
@@ -85,7 +86,7 @@ class LogDensity:
         draws = vector.shape[:-1]
         lead = draws if site.local or not draws else (*draws, 1)
         raw = vector[..., site.place].reshape(*lead, *site.unconstrained)
-        value = site.transform(raw)
+        value: Any = site.transform(raw)
         term = site.transform.log_abs_det_jacobian(raw, value)
         return value, term.reshape(*draws, -1).sum(-1)
 

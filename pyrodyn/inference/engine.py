@@ -60,7 +60,7 @@ class Engine(Protocol):
 
 
 def starting_values(program: Program, recording: Recording, max_steps: int, label: str) -> dict[str, Tensor]:
-    """Constrained values of the globals near the posterior mode; the model's own guess where the path does not collapse."""
+    """Values of the globals near the posterior mode; the model's own guess where the path does not collapse."""
     model = program.model if isinstance(program, Collapsed) else program
     if not isinstance(model, LatentModel):
         return {}
@@ -104,7 +104,7 @@ def vector_of(values: dict[str, Tensor], density: LogDensity) -> Tensor:
 def split_path(
     treated: Program, recording: Recording, samples: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Take the path out of the samples (chain, draw, ...) of a program that sampled it, uncoloured if it was whitened."""
+    """Take the path out of the samples (chain, draw, ...) of a program that sampled it; coloured if it was whitened."""
     rest = dict(samples)
     if not isinstance(treated, Whitened):
         return rest, rest.pop("latent", None)

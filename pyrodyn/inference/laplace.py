@@ -34,8 +34,8 @@ class Laplace:
     max_steps : int
         Steps of L-BFGS allowed on the way to the mode.
     collapse : bool, optional
-        None integrates the path out where it can be. This engine needs that: a joint mode of path and globals is far from
-        the mass of the posterior.
+        None integrates the path out where it can be. This engine needs that: a joint mode of path and globals is far
+        from the mass of the posterior.
 
     References
     ----------
@@ -46,9 +46,7 @@ class Laplace:
     max_steps: int = 1000
     collapse: bool | None = None
 
-    def run(
-        self, program: Program, recording: Recording, *, seed: int, checkpoint: StateStore | None = None
-    ) -> Draws:
+    def run(self, program: Program, recording: Recording, *, seed: int, checkpoint: StateStore | None = None) -> Draws:
         with random_stream(seed), double_precision():
             state = (checkpoint.read() if checkpoint else None) or {}
             values = starting_values(program, recording, 0, "Laplace")
@@ -66,9 +64,7 @@ class Laplace:
                     checkpoint.write(state)
             return self._draw(density, mode, torch.from_numpy(state["hessian"]), converged, treatment)
 
-    def _draw(
-        self, density: LogDensity, mode: Tensor, hessian: Tensor, converged: bool, treatment: str
-    ) -> Draws:
+    def _draw(self, density: LogDensity, mode: Tensor, hessian: Tensor, converged: bool, treatment: str) -> Draws:
         warnings = [] if converged else [f"Laplace: the mode was not reached in max_steps={self.max_steps} steps"]
         root, flat = covariance_root(hessian, FLOOR)
         if flat:
@@ -78,9 +74,7 @@ class Laplace:
         vectors = mode + noise @ root.mT
         values = density.constrain(vectors)
         log_q = -0.5 * noise.square().sum(-1) - log_volume - density.log_jacobian(vectors)
-        samples = {
-            site.name: values[site.name].reshape(1, self.draws, *site.shape) for site in density.sites
-        }
+        samples = {site.name: values[site.name].reshape(1, self.draws, *site.shape) for site in density.sites}
         evidence = float(density(mode)) + log_volume
         return Draws(
             samples,

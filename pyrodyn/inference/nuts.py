@@ -9,13 +9,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from pyro.infer.mcmc import NUTS as PyroNUTS  # noqa: N811 (two classes of one name)
+from pyro.infer.mcmc import NUTS as PyroNUTS
 from torch import Tensor
 
 from pyrodyn.checkpoint import StateStore
 from pyrodyn.errors import NonFiniteError
 from pyrodyn.inference.density import LogDensity
-from pyrodyn.inference.engine import Draws, double_precision, random_stream, split_path, starting_values, treat_path, vector_of
+from pyrodyn.inference.engine import (
+    Draws,
+    double_precision,
+    random_stream,
+    split_path,
+    starting_values,
+    treat_path,
+    vector_of,
+)
 from pyrodyn.program import Program
 from pyrodyn.progress import progress
 from pyrodyn.recording import Recording
@@ -56,9 +64,7 @@ class NUTS:
     dense_mass: bool | None = None
     collapse: bool | None = None
 
-    def run(
-        self, program: Program, recording: Recording, *, seed: int, checkpoint: StateStore | None = None
-    ) -> Draws:
+    def run(self, program: Program, recording: Recording, *, seed: int, checkpoint: StateStore | None = None) -> Draws:
         with double_precision():
             with random_stream(seed):
                 values = starting_values(program, recording, CLIMB, "NUTS: start")
@@ -73,9 +79,7 @@ class NUTS:
                         chains.append(_Chain(self, density, start).run(store, bar))
         vectors = torch.from_numpy(np.stack([c["vectors"] for c in chains]))
         values = density.constrain(vectors)
-        samples = {
-            site.name: values[site.name].reshape(self.chains, self.draws, *site.shape) for site in density.sites
-        }
+        samples = {site.name: values[site.name].reshape(self.chains, self.draws, *site.shape) for site in density.sites}
         diverging = np.stack([c["diverging"] for c in chains])
         acceptance = [float(c["acceptance"]) for c in chains]
         warnings = []
@@ -159,7 +163,8 @@ class _Chain:
         averaging, mass = adapter._step_size_adapt_scheme, adapter.mass_matrix_adapter
         (block,) = mass.inverse_mass_matrix
         welford = mass._adapt_scheme[block]
-        _, energy, slopes = kernel._fetch_from_cache()
+        cached: Any = kernel._fetch_from_cache()
+        _, energy, slopes = cached
         return {
             "position": place[SITE].detach().numpy(),
             "energy": energy.detach().numpy(),
@@ -178,7 +183,8 @@ class _Chain:
 
     def _restore(self, state: Mapping[str, np.ndarray]) -> None:
         kernel, adapter = self.kernel, self.kernel._adapter
-        averaging, mass = adapter._step_size_adapt_scheme, adapter.mass_matrix_adapter
+        averaging: Any = adapter._step_size_adapt_scheme
+        mass = adapter.mass_matrix_adapter
         (block,) = mass.inverse_mass_matrix
         mass.inverse_mass_matrix = {block: torch.from_numpy(state["inverse_mass"])}
         welford = mass._adapt_scheme[block]

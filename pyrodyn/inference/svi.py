@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyro
@@ -18,7 +19,15 @@ from pyrodyn.errors import NonFiniteError
 from pyrodyn.guides import FullRank, GuideFactory, LowRank, Start, Structured, draw_globals
 from pyrodyn.inference.collapse import Collapsed, collapse
 from pyrodyn.inference.density import LogDensity
-from pyrodyn.inference.engine import Draws, double_precision, random_stream, split_path, starting_values, treat_path, vector_of
+from pyrodyn.inference.engine import (
+    Draws,
+    double_precision,
+    random_stream,
+    split_path,
+    starting_values,
+    treat_path,
+    vector_of,
+)
 from pyrodyn.inference.mode import covariance_root, negative_hessian
 from pyrodyn.program import Program, is_random
 from pyrodyn.progress import progress
@@ -45,8 +54,9 @@ class SVI:
     draws : int
         Independent draws of the fitted guide that make the posterior.
     guide : callable, optional
-        One of `pyrodyn.guides`, or any function of (program, recording, initial values). By default a full-rank Gaussian up
-        to 300 globals and a low-rank one above. `guides.Structured()` samples the path together with the globals.
+        One of `pyrodyn.guides`, or any function of (program, recording, initial values). By default a full-rank
+        Gaussian up to 300 globals and a low-rank one above. `guides.Structured()` samples the path together with the
+        globals.
     collapse : bool, optional
         None integrates the path out where it can be, unless the guide is `guides.Structured`.
 
@@ -62,9 +72,7 @@ class SVI:
     guide: GuideFactory | None = None
     collapse: bool | None = None
 
-    def run(
-        self, program: Program, recording: Recording, *, seed: int, checkpoint: StateStore | None = None
-    ) -> Draws:
+    def run(self, program: Program, recording: Recording, *, seed: int, checkpoint: StateStore | None = None) -> Draws:
         with random_stream(seed), double_precision(), pyro.settings.context(module_local_params=True):
             values = starting_values(program, recording, CLIMB, "SVI: start")
             if isinstance(self.guide, Structured):
@@ -74,22 +82,19 @@ class SVI:
             guide = self._build(program, treated, recording, values)
             losses = _Run(self, treated, guide, recording).train(checkpoint)
             values, log_q = draw_globals(guide, recording, self.draws)
-            samples = {
-                name: value.reshape(1, self.draws, *_event(value, self.draws)) for name, value in values.items()
-            }
+            samples = {name: value.unsqueeze(0) for name, value in values.items()}
             samples, path = split_path(treated, recording, samples)
         return Draws(
             samples,
             treatment,
             path=path,
-            stats={"log_q": log_q.unsqueeze(0)},
+            # Beside the globals' density with the path integrated out, that of globals and path together says nothing.
+            stats={"log_q": log_q.unsqueeze(0)} if path is None else {},
             history={"loss": losses},
             notes={"elbo": -float(losses[-max(1, len(losses) // 20) :].mean())},
         )
 
-    def _build(
-        self, program: Program, treated: Program, recording: Recording, values: dict[str, Tensor]
-    ) -> nn.Module:
+    def _build(self, program: Program, treated: Program, recording: Recording, values: dict[str, Tensor]) -> nn.Module:
         collapsible = isinstance(self.guide, Structured) or isinstance(treated, Collapsed)
         density = LogDensity(collapse(program) if collapsible else treated, recording)
         small = density.dimension <= FULL_RANK_LIMIT
@@ -103,21 +108,14 @@ class SVI:
         return guide
 
 
-def _event(value: Tensor, draws: int) -> torch.Size:
-    """Event shape of a site drawn as (draw, 1 or trial, *event)."""
-    assert value.shape[0] == draws
-    return value.shape[2:] if value.shape[1] == 1 else value.shape[1:]
-
-
 class _Run:
     """The training loop with its state: guide, optimiser, schedule, losses, random numbers."""
 
     def __init__(self, options: SVI, program: Program, guide: nn.Module, recording: Recording) -> None:
         self.options, self.program, self.guide, self.recording = options, program, guide, recording
         vectorised = options.particles > 1
-        self.elbo = Trace_ELBO(
-            num_particles=options.particles, vectorize_particles=vectorised, max_plate_nesting=1
-        )(program, guide)
+        elbo: Any = Trace_ELBO(num_particles=options.particles, vectorize_particles=vectorised, max_plate_nesting=1)
+        self.elbo = elbo(program, guide)
         self.parameters = dict(guide.named_parameters())
         self.optimiser = torch.optim.Adam(self.parameters.values(), lr=options.learning_rate)
         self.losses = np.full(options.steps, np.nan)
@@ -165,8 +163,9 @@ class _Run:
         self.failures += 1
         if self.failures > MAX_FAILURES:
             raise NonFiniteError(
-                f"SVI: the loss or its gradient was not finite at step {self.step}, {self.failures} times in a row, at site "
-                f"{self._culprit()!r}; lower learning_rate={self.options.learning_rate}, or look at that site's prior"
+                f"SVI: the loss or its gradient was not finite at step {self.step}, {self.failures} times in a row, "
+                f"at site {self._culprit()!r}; lower learning_rate={self.options.learning_rate}, or look at that "
+                "site's prior"
             )
         failures, damping, random_state = self.failures, 0.5 * self.damping, torch.get_rng_state()
         self._restore(snapshot)
@@ -180,7 +179,8 @@ class _Run:
             traced = poutine.trace(poutine.replay(self.program, guided)).get_trace(self.recording)
             for trace in (guided, traced):
                 trace.compute_log_prob()
-                for name, site in trace.nodes.items():
+                nodes: Any = trace.nodes
+                for name, site in nodes.items():
                     if is_random(site) and not (
                         bool(torch.isfinite(site["value"]).all()) and bool(torch.isfinite(site["log_prob"]).all())
                     ):

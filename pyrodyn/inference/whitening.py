@@ -1,9 +1,9 @@
 r"""Sample the path in coordinates in which it is nearly standard normal.
 
-Given the globals, the path is written as :math:`x = m(\theta) + L(\theta)\,z` with :math:`q(x \mid \theta)` a Gauss-Markov
-approximation of its posterior and z standard normal. The program samples z, and a factor
-:math:`\log p(x \mid \theta) - \log q(x \mid \theta)` keeps its density exact whatever q is. A better q only makes z easier to
-explore: where the readout is Gaussian, z is exactly independent of the globals.
+Given the globals, the path is written as :math:`x = m(\theta) + L(\theta)\,z` with :math:`q(x \mid \theta)` a
+Gauss-Markov approximation of its posterior and z standard normal. The program samples z, and a factor
+:math:`\log p(x \mid \theta) - \log q(x \mid \theta)` keeps its density exact whatever q is. A better q only makes z
+easier to explore: where the readout is Gaussian, z is exactly independent of the globals.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyrodyn.conditioning import find_mode, linearised_potential
 from pyrodyn.distributions import GaussMarkov
-from pyrodyn.program import Program, StateSpaceModel, globals_given, trial_plate
+from pyrodyn.program import OBSERVATION_DIMS, Program, StateSpaceModel, globals_given, trial_plate
 from pyrodyn.readouts import AffineReadout
 from pyrodyn.recording import Recording
 
@@ -31,13 +31,11 @@ def whiten(program: Program, recording: Recording, values: Mapping[str, Tensor])
     path = program.latent_path(parameters, recording)
     if not isinstance(path, GaussMarkov):
         return program, "sampled as the program has it"
-    readout = program.readout_law(
-        parameters, path.linear.new_zeros(recording.num_trials, *path.event_shape), recording
-    )
+    readout = program.readout_law(parameters, path.linear.new_zeros(recording.num_trials, *path.event_shape), recording)
     if recording.observations is None or not isinstance(readout, AffineReadout):
         return Whitened(program, None), "sampled, whitened by its prior"
     with torch.no_grad():
-        point = find_mode(path, readout, recording.observations)
+        point = find_mode(path, readout, recording.values)
     return Whitened(program, point), "sampled, whitened by its Laplace approximation"
 
 
@@ -67,7 +65,7 @@ class Whitened:
                 "observations",
                 self.model.readout_law(parameters, path, recording),
                 obs=recording.observations,
-                infer={"event_dims": ("time", "unit")},
+                infer=OBSERVATION_DIMS,
             )
 
     def colour(self, parameters, prior: GaussMarkov, noise: Tensor, recording: Recording):
@@ -75,7 +73,7 @@ class Whitened:
         if self.point is None:
             return prior.transform(noise), None
         readout = self.model.readout_law(parameters, self.point, recording)
-        local = prior.condition(*linearised_potential(readout, self.point, recording.observations))
+        local = prior.condition(*linearised_potential(readout, self.point, recording.values))
         path = local.transform(noise)
         return path, prior.log_prob(path) - local.log_prob(path)
 

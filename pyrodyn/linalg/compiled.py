@@ -20,6 +20,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -130,11 +131,12 @@ def _forward_step(root, link, columns, white, b, t, dim):
                 total -= root[b, t, i, k] * white[b, t, k, 0]
             white[b, t, i, 0] = total * root[b, t, i, i]
         return
-    for i in range(dim):
+    size = root.shape[3]  # unrolled, these loops are no faster and slow to compile
+    for i in range(size):
         for n in range(white.shape[3]):
             white[b, t, i, n] = columns[b, t, i, n]
         if t > 0:
-            for k in range(dim):
+            for k in range(size):
                 weight = link[b, t - 1, k, i]
                 for n in range(white.shape[3]):
                     white[b, t, i, n] -= weight * white[b, t - 1, k, n]
@@ -147,44 +149,39 @@ def _forward_step(root, link, columns, white, b, t, dim):
 
 
 @_inlined
-def _backward_step(root, link, white, states, b, t, c, now, after, dim):
-    """States of bin t, ``states[c, now]``, from those of the next, ``states[c, after]``: R_t^-T (white_t - W_t x_t+1).
-
-    ``white[b, t]`` may be ``states[c, now]`` itself.
-    """
+def _backward_step(root, link, white, states, b, t, dim):
+    """States of bin t from those of the next: R_t^-T (white_t - W_t x_t+1). ``white`` may be ``states`` itself."""
     last = t == root.shape[1] - 1
     if white.shape[3] == 1:
         for i in range(dim - 1, -1, -1):
             total = white[b, t, i, 0]
             if not last:
                 for k in range(dim):
-                    total -= link[b, t, i, k] * states[c, after, k, 0]
+                    total -= link[b, t, i, k] * states[b, t + 1, k, 0]
             for k in range(i + 1, dim):
-                total -= root[b, t, k, i] * states[c, now, k, 0]
-            states[c, now, i, 0] = total * root[b, t, i, i]
+                total -= root[b, t, k, i] * states[b, t, k, 0]
+            states[b, t, i, 0] = total * root[b, t, i, i]
         return
-    for i in range(dim - 1, -1, -1):
+    size = root.shape[3]  # unrolled, these loops are no faster and slow to compile
+    for i in range(size - 1, -1, -1):
         for n in range(white.shape[3]):
-            states[c, now, i, n] = white[b, t, i, n]
+            states[b, t, i, n] = white[b, t, i, n]
         if not last:
-            for k in range(dim):
+            for k in range(size):
                 weight = link[b, t, i, k]
                 for n in range(white.shape[3]):
-                    states[c, now, i, n] -= weight * states[c, after, k, n]
-        for k in range(i + 1, dim):
+                    states[b, t, i, n] -= weight * states[b, t + 1, k, n]
+        for k in range(i + 1, size):
             weight = root[b, t, k, i]
             for n in range(white.shape[3]):
-                states[c, now, i, n] -= weight * states[c, now, k, n]
+                states[b, t, i, n] -= weight * states[b, t, k, n]
         for n in range(white.shape[3]):
-            states[c, now, i, n] *= root[b, t, i, i]
+            states[b, t, i, n] *= root[b, t, i, i]
 
 
 @_inlined
-def _inverse_step(root, link, covariance, cross, work, b, t, c, now, after, at, dim):
-    """Covariance of bin t, ``covariance[c, now]``, and with the next, ``cross[c, at]``, from ``covariance[c, after]``.
-
-    With G = R_t^-T W_t they are R_t^-T R_t^-1 + G Cov_t+1 G' and -G Cov_t+1.
-    """
+def _inverse_step(root, link, covariance, cross, work, b, t, dim):
+    """Cov(x_t) = R_t^-T R_t^-1 + G Cov(x_t+1) G' and Cov(x_t, x_t+1) = -G Cov(x_t+1), with G = R_t^-T W_t."""
     for i in range(dim):  # work[0] = R_t^-1
         for j in range(i + 1):
             work[0, i, j] = 0.0
@@ -197,17 +194,17 @@ def _inverse_step(root, link, covariance, cross, work, b, t, c, now, after, at, 
         work[0, i, i] = root[b, t, i, i]
     for i in range(dim):
         for j in range(i + 1):
-            covariance[c, now, i, j] = 0.0
+            covariance[b, t, i, j] = 0.0
     for k in range(dim):
         for i in range(k + 1):
             weight = work[0, k, i]
             for j in range(i + 1):
-                covariance[c, now, i, j] += weight * work[0, k, j]
+                covariance[b, t, i, j] += weight * work[0, k, j]
     if t < root.shape[1] - 1:
         for i in range(dim):
             for j in range(dim):
                 work[1, i, j] = 0.0
-                cross[c, at, i, j] = 0.0
+                cross[b, t, i, j] = 0.0
             for k in range(i, dim):
                 weight = work[0, k, i]
                 for j in range(dim):
@@ -215,15 +212,58 @@ def _inverse_step(root, link, covariance, cross, work, b, t, c, now, after, at, 
             for k in range(dim):
                 weight = work[1, i, k]
                 for j in range(dim):
-                    cross[c, at, i, j] -= weight * covariance[c, after, k, j]
+                    cross[b, t, i, j] -= weight * covariance[b, t + 1, k, j]
             for j in range(i + 1):
                 total = 0.0
                 for k in range(dim):
-                    total += cross[c, at, i, k] * work[1, j, k]
-                covariance[c, now, i, j] -= total
+                    total += cross[b, t, i, k] * work[1, j, k]
+                covariance[b, t, i, j] -= total
     for i in range(dim):
         for j in range(i):
-            covariance[c, now, j, i] = covariance[c, now, i, j]
+            covariance[b, t, j, i] = covariance[b, t, i, j]
+
+
+@_inlined
+def _cross_moment_step(means, cross, grad, share, row, b, t, dim):
+    """Turn Cov(x_t, x_t+1) into minus its moment weighted by ``grad``, of which ``share`` is the sum."""
+    if grad.shape[1] == 1:
+        for i in range(dim):
+            weighted = share * means[b, t, i, 0]
+            for j in range(dim):
+                cross[b, t, i, j] = -(share * cross[b, t, i, j] + weighted * means[b, t + 1, j, 0])
+        return
+    for i in range(cross.shape[3]):
+        for n in range(grad.shape[1]):
+            row[n] = grad[b, n] * means[b, t, i, n]
+        for j in range(cross.shape[3]):
+            total = share * cross[b, t, i, j]
+            for n in range(grad.shape[1]):
+                total += row[n] * means[b, t + 1, j, n]
+            cross[b, t, i, j] = -total
+
+
+@_inlined
+def _own_moment_step(means, covariance, grad, share, row, b, t, dim):
+    """Turn Cov(x_t) into minus half its weighted moment, and means into weighted means."""
+    if grad.shape[1] == 1:
+        for i in range(dim):
+            weighted = share * means[b, t, i, 0]
+            for j in range(dim):
+                covariance[b, t, i, j] = -0.5 * (share * covariance[b, t, i, j] + weighted * means[b, t, j, 0])
+        for i in range(dim):
+            means[b, t, i, 0] *= share
+        return
+    for i in range(covariance.shape[3] - 1, -1, -1):  # the mean of row i is not needed in the rows above
+        for n in range(grad.shape[1]):
+            row[n] = grad[b, n] * means[b, t, i, n]
+        for j in range(i + 1):
+            total = share * covariance[b, t, i, j]
+            for n in range(grad.shape[1]):
+                total += row[n] * means[b, t, j, n]
+            covariance[b, t, i, j] = -0.5 * total
+            covariance[b, t, j, i] = -0.5 * total
+        for n in range(grad.shape[1]):
+            means[b, t, i, n] = row[n]
 
 
 # The kernels. `own` and `above` say which of the distinct precisions a batch element has.
@@ -247,7 +287,7 @@ def _solve(root, link, columns, states, known):
         for t in range(root.shape[1]):
             _forward_step(root, link, columns, states, b, t, dim)
         for t in range(root.shape[1] - 1, -1, -1):
-            _backward_step(root, link, states, states, b, t, b, t, t + 1, dim)
+            _backward_step(root, link, states, states, b, t, dim)
 
 
 @_kernel("blocks blocks blocks blocks")
@@ -256,7 +296,7 @@ def _marginals(root, link, covariance, cross, known):
     work = np.empty((2, dim, dim))
     for b in range(root.shape[0]):
         for t in range(root.shape[1] - 1, -1, -1):
-            _inverse_step(root, link, covariance, cross, work, b, t, b, t, t + 1, t, dim)
+            _inverse_step(root, link, covariance, cross, work, b, t, dim)
 
 
 @_kernel("strided index strided index strided blocks blocks blocks rows")
@@ -279,34 +319,121 @@ def _evaluate(diagonal, own, upper, above, columns, root, link, white, value, kn
 
 
 @_kernel("blocks blocks blocks rows blocks blocks blocks")
-def _differentiate(root, link, white, grad, for_diagonal, for_upper, weighted, known):
-    """The smoother and what `grad` makes of it, in one sweep back; means and covariances of two bins at a time."""
+def _differentiate(root, link, white, grad, covariance, cross, means, known):
+    """The smoother, and in its place what ``grad`` makes of it, a bin behind: a bin is still needed by the one before."""
     dim = len(known) or root.shape[3]
-    work = np.empty((2, dim, dim))
-    covariance, cross = np.empty((1, 2, dim, dim)), np.empty((1, 1, dim, dim))
-    mean = np.empty((1, 2, dim, white.shape[3]))
+    work, row = np.empty((2, dim, dim)), np.empty(grad.shape[1])
+    last = root.shape[1] - 1
     for b in range(root.shape[0]):
         share = 0.0
-        for n in range(white.shape[3]):
+        for n in range(grad.shape[1]):
             share += grad[b, n]
-        for t in range(root.shape[1] - 1, -1, -1):
-            now, after = t % 2, (t + 1) % 2
-            _backward_step(root, link, white, mean, b, t, 0, now, after, dim)
-            _inverse_step(root, link, covariance, cross, work, b, t, 0, now, after, 0, dim)
-            for i in range(dim):
-                for n in range(white.shape[3]):
-                    weighted[b, t, i, n] = grad[b, n] * mean[0, now, i, n]
-                for j in range(i + 1):
-                    total = share * covariance[0, now, i, j]
-                    for n in range(white.shape[3]):
-                        total += weighted[b, t, i, n] * mean[0, now, j, n]
-                    for_diagonal[b, t, i, j] = -0.5 * total
-                    for_diagonal[b, t, j, i] = -0.5 * total
-                if t < root.shape[1] - 1:
-                    for j in range(dim):
-                        total = share * cross[0, 0, i, j]
-                        for n in range(white.shape[3]):
-                            total += weighted[b, t, i, n] * mean[0, after, j, n]
-                        for_upper[b, t, i, j] = -total
+        for t in range(last, -2, -1):
+            if t >= 0:
+                _backward_step(root, link, white, means, b, t, dim)
+                _inverse_step(root, link, covariance, cross, work, b, t, dim)
+                if t < last:
+                    _cross_moment_step(means, cross, grad, share, row, b, t, dim)
+            if t < last:
+                _own_moment_step(means, covariance, grad, share, row, b, t + 1, dim)
 
 
+# The tensors.
+
+
+def _distinct(blocks: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The elements of a batch that differ, (element, time, latent, latent), and for each batch element which it is.
+
+    Blocks that were expanded are neither copied nor read twice from memory; time may be expanded too.
+    """
+    batch = blocks.shape[:-3]
+    repeated = [axis for axis, size in enumerate(batch) if size > 1 and blocks.stride(axis) == 0]
+    for axis in repeated:
+        blocks = blocks.narrow(axis, 0, 1)
+    kept = blocks.shape[:-3]
+    which = np.arange(kept.numel())
+    if repeated:
+        which = np.broadcast_to(which.reshape(kept), batch).flatten()
+    return blocks.reshape(kept.numel(), *blocks.shape[-3:]).numpy(force=True), which
+
+
+def _empty_factor(diagonal: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    count, bins, dim = diagonal.shape[:-3].numel(), diagonal.shape[-3], diagonal.shape[-1]
+    return np.empty((count, bins, dim, dim)), np.empty((count, bins - 1, dim, dim))
+
+
+class CompiledFactor:
+    """The factorised precision of Gauss-Markov chains: `ChainFactor` for a CPU, outside of autograd.
+
+    Parameters
+    ----------
+    diagonal, upper : Tensor, (*batch, time, latent, latent) and (*batch, time - 1, latent, latent)
+        Blocks of the precision, float64, on the CPU. Only the lower triangles of the diagonal blocks are read.
+    parallel : callable
+        Makes the `ChainFactor` of the same precision, for what has to be the same on both paths.
+
+    Notes
+    -----
+    A precision that is not positive definite gives NaN in its own batch element and leaves the others alone.
+    """
+
+    def __init__(self, diagonal: Tensor, upper: Tensor, parallel: Callable[[], Any]) -> None:
+        self.num_bins, self.latent_dim = diagonal.shape[-3], diagonal.shape[-1]
+        self._batch = diagonal.shape[:-3]
+        self._root, self._link = _empty_factor(diagonal)
+        log_det = np.empty(len(self._root))
+        _factor(self.latent_dim, *_distinct(diagonal), *_distinct(upper), self._root, self._link, log_det)
+        self.log_det: Tensor = torch.from_numpy(log_det).reshape(self._batch)
+        self._make_parallel = parallel
+
+    @functools.cached_property
+    def _parallel(self) -> Any:
+        return self._make_parallel()
+
+    def solve(self, columns: Tensor) -> Tensor:
+        """Solve ``J x = columns``; shapes (*batch, time, latent, column)."""
+        if columns.shape[:-3] != self._batch or (columns.requires_grad and torch.is_grad_enabled()):
+            return self._parallel.solve(columns)
+        flat = columns.reshape(len(self._root), *columns.shape[-3:]).numpy(force=True)
+        states = np.empty(flat.shape)
+        _solve(self.latent_dim, self._root, self._link, flat, states)
+        return torch.from_numpy(states).reshape(columns.shape)
+
+    def colour(self, noise: Tensor) -> Tensor:
+        """Map iid standard normal ``noise`` (*batch, time, latent, column) to draws of covariance ``J^-1``.
+
+        The square root is `ChainFactor`'s. A path sampled in whitened coordinates, where gradients are needed, is read
+        back where they are not: another root there would give another path.
+        """
+        return self._parallel.colour(noise)
+
+    def marginals(self) -> tuple[Tensor, Tensor]:
+        """Blocks of the inverse: covariances (*batch, time, latent, latent) and Cov(x_t, x_t+1) (*batch, time - 1, ...)."""
+        covariance, cross = np.empty(self._root.shape), np.empty(self._link.shape)
+        _marginals(self.latent_dim, self._root, self._link, covariance, cross)
+        return (
+            torch.from_numpy(covariance).reshape(self._batch + covariance.shape[-3:]),
+            torch.from_numpy(cross).reshape(self._batch + cross.shape[-3:]),
+        )
+
+
+class LogNormaliser(torch.autograd.Function):
+    """Log normalisers (*batch, column) of chains; the gradient is the expected sufficient statistics."""
+
+    @staticmethod
+    def forward(ctx, diagonal: Tensor, upper: Tensor, columns: Tensor) -> Tensor:
+        root, link = _empty_factor(diagonal)
+        flat = columns.reshape(len(root), *columns.shape[-3:]).numpy(force=True)
+        white, value = np.empty(flat.shape), np.empty((len(root), flat.shape[-1]))
+        _evaluate(diagonal.shape[-1], *_distinct(diagonal), *_distinct(upper), flat, root, link, white, value)
+        ctx.arrays, ctx.batch = (root, link, white), columns.shape[:-3]
+        return torch.from_numpy(value).reshape(columns.shape[:-3] + columns.shape[-1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # grad: (*batch, column)
+        root, link, white = ctx.arrays
+        rows = np.ascontiguousarray(grad.reshape(len(root), white.shape[-1]).numpy(force=True))
+        gradients = [np.empty(part.shape) for part in (root, link, white)]
+        _differentiate(root.shape[-1], root, link, white, rows, *gradients)
+        return tuple(torch.from_numpy(part).reshape(ctx.batch + part.shape[1:]) for part in gradients)

@@ -41,16 +41,16 @@ class LDS(StateSpaceModel):
         x_1 &\sim N(0, I), \qquad x_t = A x_{t-1} + B u_t + \epsilon_t, \quad \epsilon_t \sim N(0, Q), \\
         \eta_t &= C x_t + d, \qquad y_{t,n} \sim p(\cdot \mid \eta_{t,n}).
 
-    **Prior of the dynamics.** With M iid normal, :math:`A = (I + M M^\top)^{-1/2} M` and :math:`Q = (I + M M^\top)^{-1}`, so
-    that :math:`A A^\top + Q = I`: the latent is stationary with unit covariance, every draw is stable, and every stable LDS
-    is reached up to a change of latent coordinates.
+    **Prior of the dynamics.** With M iid normal, :math:`A = (I + M M^\top)^{-1/2} M` and :math:`Q = (I + M
+    M^\top)^{-1}`, so that :math:`A A^\top + Q = I`: the latent is stationary with unit covariance, every draw is
+    stable, and every stable LDS is reached up to a change of latent coordinates.
 
     **Gauge.** What is left of those coordinates is a rotation; it is fixed by a loading that is lower triangular in
-    ``latent_dim`` pivot units (see `GaugedLoading`), chosen from the data. The prior of any invariant does not depend on the
-    choice, and the posterior has no flat direction.
+    ``latent_dim`` pivot units (see `GaugedLoading`), chosen from the data. The prior of any invariant does not depend
+    on the choice, and the posterior has no flat direction.
 
-    **Loading.** :math:`C = d^{-1/2}\,\mathrm{diag}(s)\,W`, with W the gauged form of an iid standard normal matrix and s the
-    readout's signal scale: a unit's signal is as large a priori with ten latents as with two.
+    **Loading.** :math:`C = d^{-1/2}\,\mathrm{diag}(s)\,W`, with W the gauged form of an iid standard normal matrix and
+    s the readout's signal scale: a unit's signal is as large a priori with ten latents as with two.
 
     Parameters
     ----------
@@ -59,8 +59,8 @@ class LDS(StateSpaceModel):
     readout : Readout
         `Poisson` by default; any of `pyrodyn.readouts`.
     dynamics_scale : float
-        Standard deviation of the entries of M. At 3, a one-dimensional latent has a median time constant of a few bins and a
-        tail of hundreds.
+        Standard deviation of the entries of M. At 3, a one-dimensional latent has a median time constant of a few bins
+        and a tail of hundreds.
 
     References
     ----------
@@ -95,21 +95,20 @@ class LDS(StateSpaceModel):
     def sample_globals(self, recording: Recording) -> LDSParameters:
         dim, units = self.latent_dim, recording.num_units
         zero = torch.zeros((), dtype=torch.float64, device=recording.scale.device)
-        normal = dist.Normal(zero, torch.ones_like(zero))
-        mixing = pyro.sample("mixing", dist.Normal(zero, self.dynamics_scale).expand([dim, dim]).to_event(2))
+        mixing = pyro.sample("mixing", dist.Normal(zero.expand(dim, dim), self.dynamics_scale).to_event(2))
         weights = pyro.sample("weights", GaugedLoading(units, dim, self.pivots(recording)))
         offset = self.readout.sample_offset(recording)
         noise = self.readout.sample_noise(recording)
         gain = None
         if recording.num_inputs:
-            drive = pyro.sample("drive", normal.expand([dim, recording.num_inputs]).to_event(2))
+            drive = pyro.sample("drive", dist.Normal(zero.expand(dim, recording.num_inputs), 1.0).to_event(2))
             gain = drive / recording.input_scale
         dynamics, process_noise = stationary_dynamics(mixing)
         return LDSParameters(dynamics, process_noise, self._loading_scale(recording) * weights, offset, noise, gain)
 
     def latent_path(self, parameters: LDSParameters, recording: Recording) -> GaussMarkov:
         drift = None
-        if parameters.input_gain is not None:
+        if parameters.input_gain is not None and recording.inputs is not None:
             drift = recording.inputs[:, 1:] @ parameters.input_gain.mT
         return GaussMarkov.from_dynamics(
             parameters.dynamics,

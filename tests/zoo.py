@@ -1,0 +1,198 @@
+"""The table of the zoo: for every exported model its smallest instances, and how each engine runs on them.
+
+A new model adds rows to `MODELS`; a new engine or readout adds one to `ENGINES` or `READOUTS`. `tests/test_contract.py` runs
+every row, and fails for an exported name without one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pyro
+import torch
+import xarray as xr
+from pyro import poutine
+from torch import Tensor
+
+import pyrodyn as dyn
+from pyrodyn import guides, inference, models, readouts
+from pyrodyn.inference.engine import Engine, double_precision, random_stream
+from pyrodyn.program import LatentModel, globals_given
+from pyrodyn.recording import Recording
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the zoo.
+
+    Attributes
+    ----------
+    name : str
+    model : LatentModel
+        The smallest instance that shows the feature in its name.
+    like : callable
+        Gives the blank recording that the model is simulated on.
+    symmetry : str
+        What `model.transformed` draws from, in words; the test holds the model to it.
+    """
+
+    name: str
+    model: LatentModel
+    like: Callable[[], Recording]
+    symmetry: str
+
+    @property
+    def recording(self) -> Recording:
+        """A simulated recording with all that ``like`` says."""
+        return _simulated(self.name)
+
+
+def blank(
+    trials: int = 3,
+    bins: int = 9,
+    units: int = 4,
+    *,
+    counts: bool = True,
+    lengths: list[int] | None = None,
+    missing: float = 0.0,
+    inputs: int = 0,
+) -> Recording:
+    """A blank recording: ragged by ``lengths``, with a share ``missing`` of the entries unobserved, with ``inputs``."""
+    rng = np.random.default_rng(trials + 10 * bins + 100 * units)
+    mask = None
+    if missing:
+        mask = rng.random((trials, bins, units)) >= missing
+        mask[0, 2] = False  # and one bin in which no unit was seen
+    # Real-valued channels differ in where they lie and how far they spread, as a voltage and a temperature would.
+    center = np.zeros(units) if counts else np.linspace(-3.0, 40.0, units)
+    scale = np.ones(units) if counts else np.linspace(0.5, 8.0, units)
+    return Recording.from_arrays(
+        np.zeros((trials, bins, units)),
+        bin_width=0.05,
+        counts=counts,
+        center=center,
+        scale=scale,
+        region=["V1"] * (units // 2) + ["V2"] * (units - units // 2),
+        trial=[f"t{i}" for i in range(trials)],
+        lengths=lengths,
+        mask=mask,
+        inputs=rng.normal(size=(trials, bins, inputs)) * 3.0 if inputs else None,
+    ).blank()
+
+
+ROTATION = "orthogonal changes of the latent coordinates"
+
+MODELS: tuple[Row, ...] = (
+    Row(
+        "LDS-Gaussian",
+        models.LDS(2, readouts.Gaussian()),
+        lambda: blank(counts=False),
+        ROTATION,
+    ),
+    Row(
+        "LDS-Gaussian-inputs-missing",
+        models.LDS(2, readouts.Gaussian()),
+        lambda: blank(counts=False, inputs=2, missing=0.2),
+        ROTATION,
+    ),
+    Row(
+        "LDS-Poisson-inputs",
+        models.LDS(2, readouts.Poisson()),
+        lambda: blank(inputs=1),
+        ROTATION,
+    ),
+    Row(
+        "LDS-Poisson-ragged-missing",
+        models.LDS(2, readouts.Poisson()),
+        lambda: blank(lengths=[9, 4, 1], missing=0.2),
+        ROTATION,
+    ),
+    Row(
+        "LDS-NegativeBinomial-one-latent",
+        models.LDS(1, readouts.NegativeBinomial()),
+        lambda: blank(),
+        ROTATION,
+    ),
+    Row(
+        "LDS-Bernoulli-one-trial",
+        models.LDS(2, readouts.Bernoulli(), dynamics_scale=1.0),
+        lambda: blank(trials=1, bins=12),
+        ROTATION,
+    ),
+)
+
+READOUTS: tuple[readouts.Readout, ...] = (
+    readouts.Gaussian(),
+    readouts.Poisson(),
+    readouts.NegativeBinomial(),
+    readouts.Bernoulli(),
+)
+
+# Settings that only show that an engine runs from end to end; that it is right is another test's business.
+ENGINES: dict[str, Engine] = {
+    "SVI": inference.SVI(steps=4, draws=30, particles=2),
+    "SVI-structured": inference.SVI(steps=4, draws=30, particles=2, guide=guides.Structured()),
+    "SVI-structured-mean-field": inference.SVI(
+        steps=4, draws=30, particles=1, guide=guides.Structured(globals=guides.MeanField())
+    ),
+    "SVI-mean-field": inference.SVI(steps=4, draws=30, particles=2, guide=guides.MeanField(), collapse=True),
+    "SVI-low-rank-path": inference.SVI(steps=4, draws=30, particles=2, guide=guides.LowRank(rank=3), collapse=False),
+    "Laplace": inference.Laplace(draws=30, max_steps=20),
+    "NUTS": inference.NUTS(draws=4, warmup=3, chains=2, max_tree_depth=2),
+    "NUTS-path": inference.NUTS(draws=4, warmup=3, chains=1, max_tree_depth=2, collapse=False),
+}
+
+
+def row(name: str) -> Row:
+    """A row by its name."""
+    return next(r for r in MODELS if r.name == name)
+
+
+@cache
+def _simulated(name: str) -> Recording:
+    chosen = row(name)
+    # Offsets near the middle of the prior: a silent or saturated toy recording would test little.
+    like = chosen.like()
+    offset = like.center if not like.counts else torch.full((like.num_units,), 0.2, dtype=torch.float64)
+    return dyn.simulate(chosen.model, like, seed=5, values={"offset": offset})[0]
+
+
+@cache
+def fitted(name: str, engine: str, seed: int = 0) -> xr.DataTree:
+    """The posterior of one row under one engine; complaints about so short a run are expected."""
+    chosen = row(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dyn.FitWarning)
+        return dyn.fit(chosen.model, chosen.recording, ENGINES[engine], seed=seed)
+
+
+def prior_draws(model: LatentModel, recording: Recording, shape: tuple[int, ...], seed: int = 0) -> dict[str, Tensor]:
+    """Draws of the global sites from their priors, (*shape, 1, *event)."""
+    with random_stream(seed), double_precision(), torch.no_grad():
+        with pyro.plate("draw", int(np.prod(shape)), dim=-2):
+            trace = poutine.trace(model.sample_globals).get_trace(recording)
+    return {
+        name: trace.nodes[name]["value"].reshape(*shape, 1, *trace.nodes[name]["value"].shape[2:])
+        for name in trace.stochastic_nodes
+        if name != "draw"
+    }
+
+
+def path_draws(model: LatentModel, values: dict[str, Tensor], recording: Recording, seed: int = 1) -> Tensor:
+    """A path for every trial and every draw of the globals, (*draw, trial, time, latent)."""
+    with random_stream(seed), torch.no_grad():
+        parameters = globals_given(model, values, recording)
+        law = model.latent_path(parameters, recording)
+        lead = next(iter(values.values()))
+        draws = lead.shape[: lead.dim() - _event_dim(model, recording, next(iter(values))) - 1]
+        return law.expand(torch.Size((*draws, recording.num_trials))).sample()
+
+
+def _event_dim(model: LatentModel, recording: Recording, site: str) -> int:
+    with random_stream(0), torch.no_grad():
+        trace = poutine.trace(model.sample_globals).get_trace(recording)
+    return trace.nodes[site]["value"].dim()
