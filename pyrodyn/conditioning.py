@@ -23,7 +23,7 @@ from pyrodyn.readouts import AffineReadout
 
 MAX_NEWTON_STEPS = 100
 MAX_PREDICTOR_STEP = 4.0  # in one Newton step no predictor moves further: exp() overshoots from afar
-TOLERANCE = 1e-5  # largest full step of a latent at convergence; its error is the square, and is squared again
+TOLERANCE = 1e-4  # largest full step of a latent at convergence; its error is the square, and is squared again
 SUFFICIENT = 1e-4  # Armijo's constant
 
 
@@ -118,7 +118,7 @@ def find_mode(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) 
     batch = torch.broadcast_shapes(prior.batch_shape, readout.batch_shape)
     state = prior.mean.expand(batch + prior.event_shape).clone()
     predictor = readout.predict(state)
-    value = readout.log_likelihood(predictor, observations) + prior.log_potential(state)
+    value = readout.log_fit(predictor, observations) + prior.log_potential(state)
     active = torch.isfinite(value)
     for _ in range(MAX_NEWTON_STEPS):
         slope = prior.force(state) + readout.score(predictor, observations) @ readout.loading
@@ -132,7 +132,7 @@ def find_mode(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) 
         while bool(pending.any()):
             trial_predictor = predictor + size[..., None, None] * move
             trial_state = state + size[..., None, None] * step
-            trial = readout.log_likelihood(trial_predictor, observations) + prior.log_potential(trial_state)
+            trial = readout.log_fit(trial_predictor, observations) + prior.log_potential(trial_state)
             small = gain * size < 1e-10 * value.abs().clamp(min=1.0)  # below rounding: any such step will do
             accepted = pending & ((trial >= value + SUFFICIENT * size * gain) | small)
             state = torch.where(accepted[..., None, None], trial_state, state)

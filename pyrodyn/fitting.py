@@ -18,6 +18,7 @@ from torch import Tensor
 from pyrodyn.checkpoint import Checkpoint
 from pyrodyn.errors import ModelError, RecordingError
 from pyrodyn.inference import SVI, collapse
+from pyrodyn.inference.collapse import Collapsed
 from pyrodyn.inference.engine import Engine, double_precision, random_stream
 from pyrodyn.posterior import (
     coordinates,
@@ -34,19 +35,20 @@ INTERVAL = (0.05, 0.95)
 
 
 def fit(
-    model: LatentModel,
+    model: LatentModel | Collapsed,
     recording: Recording,
     engine: Engine | None = None,
     *,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = 10.0,
 ) -> xr.DataTree:
     """Fit a model to a recording.
 
     Parameters
     ----------
     model : LatentModel
-        One of `pyrodyn.models`.
+        One of `pyrodyn.models`, or `inference.collapse` of one.
     recording : Recording
     engine : Engine
         One of `pyrodyn.inference`; `SVI()` by default. Every engine returns the same variables, dims and coordinates.
@@ -55,6 +57,8 @@ def fit(
     checkpoint : path, optional
         A file in which the run keeps its state. A run that was killed and is called again with the same arguments
         resumes from it and ends with the same draws to the bit. The file stays until you delete it.
+    checkpoint_every : float
+        Seconds between two writes of that file: the most work that a kill can cost.
 
     Returns
     -------
@@ -78,20 +82,21 @@ def fit(
         raise RecordingError(
             "recording has no observations to fit; give it some with recording.with_observations(values)"
         )
-    if not isinstance(model, LatentModel):
+    base = model.model if isinstance(model, Collapsed) else model
+    if not isinstance(base, LatentModel):
         raise ModelError(f"model must be one of pyrodyn.models, such as models.LDS(latent_dim=3), got {model!r}")
     engine = SVI() if engine is None else engine
-    model.check(recording)
+    base.check(recording)
     store = None
     if checkpoint is not None:
         fingerprint = {
-            "model": specification(model),
+            "model": specification(base),
             "engine": specification(engine),
             "seed": seed,
             "recording": recording.digest(),
             "version": version("pyrodyn"),
         }
-        store = Checkpoint(checkpoint, fingerprint=json.dumps(fingerprint, default=str))
+        store = Checkpoint(checkpoint, fingerprint=json.dumps(fingerprint, default=str), every=checkpoint_every)
     began = time.perf_counter()
     draws = engine.run(model, recording, seed=seed, checkpoint=store)
     seconds = time.perf_counter() - began

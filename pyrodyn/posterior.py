@@ -100,12 +100,8 @@ def to_datatree(
 
 def recording_of(posterior: xr.DataTree) -> Recording:
     """The recording a posterior was fitted to."""
-    return Recording.from_xarray(
-        xr.merge(
-            [posterior["observed_data"].to_dataset(), posterior["constant_data"].to_dataset()],
-            combine_attrs="drop_conflicts",
-        )
-    )
+    observed = posterior["observed_data"].to_dataset()
+    return Recording.from_xarray(posterior["constant_data"].to_dataset().assign(observations=observed["observations"]))
 
 
 def model_of(posterior: xr.DataTree) -> LatentModel:
@@ -215,11 +211,11 @@ def _latents(
         kept = paths[thinned(len(paths), STORED_PATHS)]
     elif collapses(model, recording):
         chosen = thinned(len(next(iter(values.values()))), PATH_DRAWS)
-        few = {name: value[chosen] for name, value in values.items()}
+        parameters = globals_given(model, {name: value[chosen] for name, value in values.items()}, recording)
         laws, stored = [], []
         with random_stream(seed, PATH_STREAM):
             for part in trial_batches(recording, len(chosen)):
-                law = collapse(model).path_posterior(globals_given(model, few, part), part)
+                law = collapse(model).path_posterior(parameters, part)
                 laws.append(law)
                 stored.append(law.sample()[thinned(len(chosen), STORED_PATHS)])
         mean, sd = path_summary(laws)

@@ -73,6 +73,10 @@ class Readout(ABC):
     def log_prob(self, predictor: Tensor, noise: Any, value: Tensor) -> Tensor:
         """Log density or mass."""
 
+    def log_kernel(self, predictor: Tensor, noise: Any, value: Tensor) -> Tensor:
+        """`log_prob` up to terms that the predictor does not enter: all that a search over paths needs."""
+        return self.log_prob(predictor, noise, value)
+
     @abstractmethod
     def score(self, predictor: Tensor, noise: Any, value: Tensor) -> Tensor:
         """First derivative of `log_prob` in the predictor."""
@@ -178,8 +182,11 @@ class Poisson(_Counts):
         return None
 
     def log_prob(self, predictor, noise, value):
+        return self.log_kernel(predictor, noise, value) - torch.lgamma(value + 1.0)
+
+    def log_kernel(self, predictor, noise, value):
         predictor = predictor.clamp(max=MAX_LOG_RATE)
-        return value * predictor - predictor.exp() - torch.lgamma(value + 1.0)
+        return value * predictor - predictor.exp()
 
     def score(self, predictor, noise, value):
         return value - self.mean(predictor, noise)
@@ -208,10 +215,12 @@ class NegativeBinomial(_Counts):
         return super().initial_values(recording) | {"concentration": torch.full_like(recording.scale, 5.0)}
 
     def log_prob(self, predictor, noise, value):
-        predictor = predictor.clamp(max=MAX_LOG_RATE)
-        log_total = torch.logaddexp(noise.log(), predictor)
         count = torch.lgamma(value + noise) - torch.lgamma(noise) - torch.lgamma(value + 1.0)
-        return count + noise * noise.log() + value * predictor - (value + noise) * log_total
+        return count + noise * noise.log() + self.log_kernel(predictor, noise, value)
+
+    def log_kernel(self, predictor, noise, value):
+        predictor = predictor.clamp(max=MAX_LOG_RATE)
+        return value * predictor - (value + noise) * torch.logaddexp(noise.log(), predictor)
 
     def score(self, predictor, noise, value):
         return value - (value + noise) * torch.sigmoid(predictor - noise.log())
@@ -317,6 +326,10 @@ class AffineReadout(TorchDistribution):
     def log_likelihood(self, predictor: Tensor, value: Tensor) -> Tensor:
         """Log likelihood of a trial, (*batch), at a given predictor."""
         return self._where_observed(self.law.log_prob(predictor, self.noise, value)).sum((-2, -1))
+
+    def log_fit(self, predictor: Tensor, value: Tensor) -> Tensor:
+        """`log_likelihood` up to terms that the predictor does not enter, (*batch)."""
+        return self._where_observed(self.law.log_kernel(predictor, self.noise, value)).sum((-2, -1))
 
     def score(self, predictor: Tensor, value: Tensor) -> Tensor:
         """Derivative of the log likelihood in the predictor, zero where unobserved."""

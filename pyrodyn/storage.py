@@ -252,7 +252,7 @@ def _chunks(values: np.ndarray) -> tuple[int, ...]:
 
 def _compresses(values: np.ndarray) -> bool:
     """Whether a sample, its bytes shuffled as HDF5 does, shrinks by a fifth: draws of floats do not, counts do."""
-    sample = values.reshape(-1)[:_SAMPLE]
+    sample = np.ascontiguousarray(values.reshape(-1)[:_SAMPLE])  # a view of draws may have strides
     shuffled = sample.view(np.uint8).reshape(sample.size, -1).T.tobytes()
     return len(zlib.compress(shuffled, 1)) < 0.8 * len(shuffled)
 

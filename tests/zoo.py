@@ -136,15 +136,14 @@ READOUTS: tuple[readouts.Readout, ...] = (
 ENGINES: dict[str, Engine] = {
     "SVI": inference.SVI(steps=4, draws=30, particles=2),
     "SVI-structured": inference.SVI(steps=4, draws=30, particles=2, guide=guides.Structured()),
-    "SVI-structured-mean-field": inference.SVI(
-        steps=4, draws=30, particles=1, guide=guides.Structured(globals=guides.MeanField())
-    ),
-    "SVI-mean-field": inference.SVI(steps=4, draws=30, particles=2, guide=guides.MeanField(), collapse=True),
-    "SVI-low-rank-path": inference.SVI(steps=4, draws=30, particles=2, guide=guides.LowRank(rank=3), collapse=False),
+    "SVI-path": inference.SVI(steps=4, draws=30, particles=2, guide=guides.LowRank(rank=3), collapse=False),
     "Laplace": inference.Laplace(draws=30, max_steps=20),
     "NUTS": inference.NUTS(draws=4, warmup=3, chains=2, max_tree_depth=2),
     "NUTS-path": inference.NUTS(draws=4, warmup=3, chains=1, max_tree_depth=2, collapse=False),
 }
+
+# Every guide on the collapsed program, on the program with its path, and as the globals' part of the structured guide.
+GUIDES: tuple[guides.GuideFactory, ...] = (guides.FullRank(), guides.MeanField(), guides.LowRank(rank=2))
 
 
 def row(name: str) -> Row:

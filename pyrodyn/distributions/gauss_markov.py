@@ -9,6 +9,7 @@ and structured guides are additions, and their cost is one call of the chain ker
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -16,8 +17,11 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.utils import lazy_property
 
-from pyrodyn.linalg.chain import ChainFactor, as_columns, from_columns, log_normaliser
+from pyrodyn.linalg.chain import ChainFactor, as_columns, factorise, from_columns, log_normaliser
 from pyrodyn.linalg.matrix import cholesky
+
+if TYPE_CHECKING:
+    from pyrodyn.linalg.compiled import CompiledFactor
 
 
 class GaussMarkov(TorchDistribution):
@@ -139,9 +143,9 @@ class GaussMarkov(TorchDistribution):
         return log_normaliser(self.diagonal, self.upper, self.linear).expand(self.batch_shape)
 
     @lazy_property
-    def _factor(self) -> ChainFactor:
+    def _factor(self) -> ChainFactor | CompiledFactor:
         diagonal, upper, _, _ = as_columns(self.diagonal, self.upper, self.linear)
-        return ChainFactor(diagonal, upper)
+        return factorise(diagonal, upper)
 
     @lazy_property
     def mean(self) -> Tensor:

@@ -65,7 +65,7 @@ def starting_values(program: Program, recording: Recording, max_steps: int, labe
     if not isinstance(model, LatentModel):
         return {}
     values = model.initial_values(recording)
-    if not collapses(program, recording):
+    if max_steps == 0 or not collapses(program, recording):
         return values
     density = LogDensity(collapse(program), recording)
     return density.constrain(ascend(density, density.unconstrain(values), max_steps, label)[0])

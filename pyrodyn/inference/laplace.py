@@ -33,9 +33,10 @@ class Laplace:
         Independent draws from the approximation.
     max_steps : int
         Steps of L-BFGS allowed on the way to the mode.
-    collapse : bool, optional
-        None integrates the path out where it can be. This engine needs that: a joint mode of path and globals is far
-        from the mass of the posterior.
+
+    Notes
+    -----
+    The path is always integrated out: a joint mode of path and globals is far from the mass of the posterior.
 
     References
     ----------
@@ -44,13 +45,12 @@ class Laplace:
 
     draws: int = 1000
     max_steps: int = 1000
-    collapse: bool | None = None
 
     def run(self, program: Program, recording: Recording, *, seed: int, checkpoint: StateStore | None = None) -> Draws:
         with random_stream(seed), double_precision():
             state = (checkpoint.read() if checkpoint else None) or {}
             values = starting_values(program, recording, 0, "Laplace")
-            treated, treatment = treat_path(program, recording, self.collapse, values)
+            treated, treatment = treat_path(program, recording, True, values)
             density = LogDensity(treated, recording)
             if "mode" not in state:
                 mode, converged = ascend(density, vector_of(values, density), self.max_steps, "Laplace: mode")

@@ -1,12 +1,14 @@
-r"""Gaussians whose precision is block-tridiagonal, eliminated in parallel over time.
+r"""Gaussians whose precision is block-tridiagonal.
 
 The precision of a Gauss-Markov chain of T states of dimension D is held by its blocks
 
 .. math:: J_{t,t} \;(\text{diagonal}), \qquad J_{t,t+1} \;(\text{upper}), \qquad J_{t+1,t} = J_{t,t+1}^\top .
 
-Block cyclic reduction eliminates every second state at once: given its two neighbours an odd state is independent of all
-others, and what remains is again a chain, half as long. So T states take about log2(T) batched steps, forward for the
-determinant and the linear solve, backward for means, samples, and the blocks of the inverse.
+Block cyclic reduction eliminates every second state at once: given its two neighbours an odd state is independent of
+all others, and what remains is again a chain, half as long. So T states take about log2(T) batched steps, forward for
+the determinant and the linear solve, backward for means, samples, and the blocks of the inverse. It serves every
+device and autograd. On the CPU, where autograd need not follow, `pyrodyn.linalg.compiled` takes one bin after another:
+the same results to rounding in a fraction of the time. `factorise` and `log_normaliser` choose.
 
 Shapes: ``diagonal`` (*batch, time, latent, latent), ``upper`` (*batch, time - 1, latent, latent), and columns
 (*batch, time, latent, column): all that share a precision are the columns of one solve.
@@ -16,14 +18,20 @@ Reference: Heller, SIAM J. Numer. Anal. 13:484 (1976), on block cyclic reduction
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.function import once_differentiable
 
 from pyrodyn.linalg.matrix import cholesky
+
+if TYPE_CHECKING:
+    from pyrodyn.linalg.compiled import CompiledFactor
 
 
 class _Level(NamedTuple):
@@ -107,7 +115,7 @@ class ChainFactor:
         return self.restore([*split, noise])
 
     def marginals(self) -> tuple[Tensor, Tensor]:
-        """Blocks of the inverse: covariances (*batch, time, latent, latent) and Cov(x_t, x_t+1) (*batch, time - 1, ...)."""
+        """Blocks of J^-1: Cov(x_t) (*batch, time, latent, latent) and Cov(x_t, x_t+1) (*batch, time - 1, ...)."""
         identity = torch.eye(self.latent_dim, dtype=self._last.dtype, device=self._last.device)
         covariance = torch.cholesky_solve(identity.expand(self._last.shape), self._last)
         cross = covariance[..., :0, :, :]
@@ -124,6 +132,51 @@ class ChainFactor:
             cross = _interleave(spread[..., :dim].mT, spread[..., :rights, :, dim:])
             covariance = _interleave(covariance, own)
         return covariance, cross
+
+
+@functools.cache
+def _compiled() -> ModuleType | None:
+    """The module of compiled kernels; None where numba is not installed, or told not to compile."""
+    try:
+        import numba
+
+        from pyrodyn.linalg import compiled
+    except ImportError:
+        return None
+    return None if numba.config.DISABLE_JIT else compiled  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _compiled_for(*tensors: Tensor) -> ModuleType | None:
+    """The compiled kernels, where they can stand for operations on these tensors as far as nothing differentiates."""
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return None  # a trace would record their result as a constant
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or tensor.dtype != torch.float64 or unpack_dual(tensor).tangent is not None:
+            return None
+    return _compiled()
+
+
+def factorise(diagonal: Tensor, upper: Tensor) -> ChainFactor | CompiledFactor:
+    """Factorise a precision: by compiled loops on the CPU in float64 where autograd need not follow, else by torch.
+
+    Parameters
+    ----------
+    diagonal, upper : Tensor, (*batch, time, latent, latent) and (*batch, time - 1, latent, latent)
+        Blocks of the precision.
+
+    Returns
+    -------
+    ChainFactor or CompiledFactor
+        Both have ``log_det``, ``solve``, ``colour`` and ``marginals`` with the same results to rounding, differentiable
+        in columns that require a gradient.
+    """
+    recorded = torch.is_grad_enabled() and (diagonal.requires_grad or upper.requires_grad)
+    compiled = None if recorded else _compiled_for(diagonal, upper)
+    if compiled is None:
+        return ChainFactor(diagonal, upper)
+    batch = _broadcast(diagonal.shape[:-3], upper.shape[:-3])
+    own, above = _expand(diagonal, batch + diagonal.shape[-3:]), _expand(upper, batch + upper.shape[-3:])
+    return compiled.CompiledFactor(own, above, parallel=lambda: ChainFactor(diagonal, upper))
 
 
 class _LogNormaliser(torch.autograd.Function):
@@ -171,7 +224,9 @@ def log_normaliser(diagonal: Tensor, upper: Tensor, linear: Tensor) -> Tensor:
         Differentiable once; the gradient is the mean and the selected inverse.
     """
     diagonal, upper, columns, layout = as_columns(diagonal, upper, linear)
-    return from_columns(_LogNormaliser.apply(diagonal, upper, columns), layout)
+    compiled = _compiled_for(diagonal, upper, columns)
+    kernel = _LogNormaliser if compiled is None else compiled.LogNormaliser
+    return from_columns(kernel.apply(diagonal, upper, columns), layout)
 
 
 class ColumnLayout(NamedTuple):
@@ -182,30 +237,23 @@ class ColumnLayout(NamedTuple):
     kept: tuple[int, ...]
 
 
-def as_columns(
-    diagonal: Tensor, upper: Tensor, linear: Tensor
-) -> tuple[Tensor, Tensor, Tensor, ColumnLayout]:
+def as_columns(diagonal: Tensor, upper: Tensor, linear: Tensor) -> tuple[Tensor, Tensor, Tensor, ColumnLayout]:
     """Bring batch dimensions in which the precision has size one to the columns of one solve."""
     rank = max(diagonal.dim() - 3, linear.dim() - 2)
-    diagonal = diagonal.reshape((1,) * (rank + 3 - diagonal.dim()) + diagonal.shape)
-    upper = upper.reshape((1,) * (rank + 3 - upper.dim()) + upper.shape)
-    linear = linear.reshape((1,) * (rank + 2 - linear.dim()) + linear.shape)
-    lead = torch.broadcast_shapes(diagonal.shape[:-3], upper.shape[:-3])
-    batch = torch.broadcast_shapes(lead, linear.shape[:-2])
+    diagonal, upper, linear = _lead(diagonal, rank + 3), _lead(upper, rank + 3), _lead(linear, rank + 2)
+    lead = _broadcast(diagonal.shape[:-3], upper.shape[:-3])
+    batch = _broadcast(lead, linear.shape[:-2])
     shared = tuple(i for i in range(rank) if lead[i] == 1)
     kept = tuple(i for i in range(rank) if lead[i] != 1)
-    diagonal = diagonal.expand(lead + diagonal.shape[-3:])
-    upper = upper.expand(lead + upper.shape[-3:])
-    linear = linear.expand(batch + linear.shape[-2:])
+    diagonal, upper = _expand(diagonal, lead + diagonal.shape[-3:]), _expand(upper, lead + upper.shape[-3:])
+    linear = _expand(linear, batch + linear.shape[-2:])
     columns = linear.permute(*kept, rank, rank + 1, *shared).flatten(len(kept) + 2) if shared else linear.unsqueeze(-1)
-    squeezed = torch.Size(lead[i] for i in kept)
     layout = ColumnLayout(batch, shared, kept)
-    return (
-        diagonal.reshape(squeezed + diagonal.shape[-3:]),
-        upper.reshape(squeezed + upper.shape[-3:]),
-        columns,
-        layout,
-    )
+    if shared:
+        squeezed = torch.Size(lead[i] for i in kept)
+        diagonal = diagonal.reshape(squeezed + diagonal.shape[-3:])
+        upper = upper.reshape(squeezed + upper.shape[-3:])
+    return diagonal, upper, columns, layout
 
 
 def from_columns(columns: Tensor, layout: ColumnLayout) -> Tensor:
@@ -221,6 +269,19 @@ def from_columns(columns: Tensor, layout: ColumnLayout) -> Tensor:
     for position, i in enumerate(shared):
         order[i] = len(kept) + len(event) + position
     return unfolded.permute(*order, *range(len(kept), len(kept) + len(event)))
+
+
+def _lead(tensor: Tensor, rank: int) -> Tensor:
+    """Dimensions of size one in front, as many as are missing."""
+    return tensor if tensor.dim() >= rank else tensor[(None,) * (rank - tensor.dim())]
+
+
+def _broadcast(first: torch.Size, second: torch.Size) -> torch.Size:
+    return first if first == second else torch.broadcast_shapes(first, second)  # which is slow
+
+
+def _expand(tensor: Tensor, shape: torch.Size) -> Tensor:
+    return tensor if tensor.shape == shape else tensor.expand(shape)
 
 
 def _log_diagonal(root: Tensor) -> Tensor:

@@ -184,7 +184,8 @@ class LDS(StateSpaceModel):
         """Turn the latent space by a random orthogonal matrix: the symmetry that the gauge takes away."""
         generator = torch.Generator().manual_seed(seed)
         normal = torch.randn(self.latent_dim, self.latent_dim, generator=generator, dtype=torch.float64)
-        turn = torch.linalg.qr(normal)[0].to(recording.scale.device)
+        basis, triangle = torch.linalg.qr(normal)
+        turn = (basis * triangle.diagonal().sign()).to(recording.scale.device)  # uniform: reflections as well
         gain = parameters.input_gain
         return parameters._replace(
             dynamics=turn @ parameters.dynamics @ turn.mT,
