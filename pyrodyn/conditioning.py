@@ -60,9 +60,11 @@ def gaussian_evidence(prior: GaussMarkov, readout: AffineReadout, observations: 
     """Exact log p(y | parameters) of every trial; units enter only through their weighted sums."""
     posterior = prior.condition(*gaussian_potential(readout, observations))
     # Log density of the observations at a path of zeros, from sums over bins: no (draw, trial, time, unit) tensor.
-    seen = torch.ones_like(observations) if readout.observed is None else readout.observed.to(observations.dtype)
+    seen = torch.ones_like(observations)
+    if readout.observed is not None:
+        seen, observations = readout.observed.to(seen.dtype), torch.where(readout.observed, observations, 0.0)
     count = seen.sum(-2)
-    middle = (observations * seen).sum((0, 1)) / seen.sum((0, 1)).clamp(min=1.0)
+    middle = observations.sum((0, 1)) / seen.sum((0, 1)).clamp(min=1.0)
     centred = (observations - middle) * seen
     total, square = centred.sum(-2), centred.square().sum(-2)  # (trial, unit)
     offset = readout.offset.squeeze(-2) - middle
@@ -96,9 +98,11 @@ def laplace_path(prior: GaussMarkov, readout: AffineReadout, observations: Tenso
 def laplace_evidence(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) -> Tensor:
     """Laplace approximation of log p(y | parameters) of every trial, (*draw, trial)."""
     with torch.no_grad():
-        mode = find_mode(prior, readout, observations)
+        # torch's lazy properties turn gradients on inside no_grad: a prior not detached would have the search recorded.
+        still = GaussMarkov(prior.diagonal.detach(), prior.upper.detach(), prior.linear.detach())
+        mode = find_mode(still, readout, observations)
         precision = _outer(readout, readout.curvature(readout.predict(mode), observations))
-        curved = prior.condition(precision, torch.zeros_like(mode))
+        curved = still.condition(precision, torch.zeros_like(mode))
     slope = prior.force(mode) + readout.score(readout.predict(mode), observations) @ readout.loading
     moved = mode + _Newton.apply(curved, slope)
     predictor = readout.predict(moved)

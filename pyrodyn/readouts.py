@@ -325,7 +325,7 @@ class AffineReadout(TorchDistribution):
 
     def log_likelihood(self, predictor: Tensor, value: Tensor) -> Tensor:
         """Log likelihood of a trial, (*batch), at a given predictor."""
-        return self._where_observed(self.law.log_prob(predictor, self.noise, value)).sum((-2, -1))
+        return self._where_observed(self.law.log_prob(predictor, self.noise, self._where_observed(value))).sum((-2, -1))
 
     def log_fit(self, predictor: Tensor, value: Tensor) -> Tensor:
         """`log_likelihood` up to terms that the predictor does not enter, (*batch)."""
@@ -333,13 +333,14 @@ class AffineReadout(TorchDistribution):
 
     def score(self, predictor: Tensor, value: Tensor) -> Tensor:
         """Derivative of the log likelihood in the predictor, zero where unobserved."""
-        return self._where_observed(self.law.score(predictor, self.noise, value))
+        return self._where_observed(self.law.score(predictor, self.noise, self._where_observed(value)))
 
     def curvature(self, predictor: Tensor, value: Tensor) -> Tensor:
         """Minus the second derivative in the predictor, zero where unobserved."""
-        return self._where_observed(self.law.curvature(predictor, self.noise, value))
+        return self._where_observed(self.law.curvature(predictor, self.noise, self._where_observed(value)))
 
     def _where_observed(self, values: Tensor) -> Tensor:
+        # Before the arithmetic as well as after: a hidden NaN, times a gradient of zero, would be a NaN again.
         return values if self.observed is None else torch.where(self.observed, values, 0.0)
 
     @property
@@ -377,5 +378,5 @@ def _refuse(recording: Recording, wrong, readout: str, expected: str, remedy: st
     raise ReadoutError(
         f"readout {readout} takes {expected}, but observations has {int(bad.sum())} other values (first: "
         f"{float(recording.observations[trial, time, unit])} at trial {recording.trial[trial]}, time "
-        f"{recording.time[time]:.4g} s, unit {recording.unit[unit]!r}); {remedy}"
+        f"{recording.time[time]:.4g} s, unit {recording.unit[unit].item()!r}); {remedy}"
     )

@@ -171,7 +171,7 @@ def test_the_declared_symmetry_changes_neither_likelihood_nor_invariants(row):
     parameters = globals_given(model, zoo.prior_draws(model, recording, (4,)), recording)
     likelihood, before = log_likelihood(model, parameters, recording), model.invariants(parameters)
     moved = False
-    for seed in range(4):
+    for seed in range(2, 6):
         turned = model.transformed(parameters, recording, seed)
         torch.testing.assert_close(log_likelihood(model, turned, recording), likelihood, rtol=1e-9, atol=1e-9)
         after = model.invariants(turned)

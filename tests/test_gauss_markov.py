@@ -270,3 +270,13 @@ def test_gradients_in_the_dynamics():
 def test_wrong_shapes_are_named(parts, message):
     with pytest.raises(ValueError, match=message):
         GaussMarkov(*(torch.zeros(shape, dtype=torch.float64) for shape in parts))
+
+
+def test_what_was_read_without_gradients_has_them_later() -> None:
+    linear = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    diagonal = 2.0 * torch.eye(2, dtype=torch.float64).expand(4, 2, 2)
+    law = GaussMarkov(diagonal, torch.zeros(3, 2, 2, dtype=torch.float64), linear)
+    with torch.no_grad():
+        assert not law.mean.requires_grad
+    (slope,) = torch.autograd.grad(law.mean.sum(), linear)
+    assert torch.allclose(slope, torch.full_like(slope, 0.5))

@@ -103,4 +103,4 @@ def test_loads_fits_and_predicts(name: str, engine: str, data_dir: Path) -> None
     if recording.counts:
         assert bits_per_spike(predicted["expected"], observed) > 0.0
     else:
-        assert xr.corr(predicted["expected"], observed, "time").min() > 0.3
+        assert xr.corr(predicted["expected"], observed, "time").mean() > 0.5

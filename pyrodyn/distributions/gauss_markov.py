@@ -9,19 +9,40 @@ and structured guides are additions, and their cost is one call of the chain ker
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Generic, TypeVar
 from typing import TYPE_CHECKING
 
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
-from torch.distributions.utils import lazy_property
 
 from pyrodyn.linalg.chain import ChainFactor, as_columns, factorise, from_columns, log_normaliser
 from pyrodyn.linalg.matrix import cholesky
 
 if TYPE_CHECKING:
     from pyrodyn.linalg.compiled import CompiledFactor
+
+
+Value = TypeVar("Value")
+
+
+class _kept(Generic[Value]):  # noqa: N801 (used like property)
+    """A property computed once, but never kept without its graph where gradients may be asked for later."""
+
+    def __init__(self, compute: Callable[[GaussMarkov], Value]) -> None:
+        self.compute, self.name, self.__doc__ = compute, compute.__name__, compute.__doc__
+
+    def __get__(self, instance: GaussMarkov, owner: type) -> Value:
+        if instance is None:
+            return self  # type: ignore[return-value]
+        if self.name in instance.__dict__:
+            return instance.__dict__[self.name]
+        value = self.compute(instance)
+        if torch.is_grad_enabled() or not instance._has_graph():
+            instance.__dict__[self.name] = value
+        return value
 
 
 class GaussMarkov(TorchDistribution):
@@ -135,19 +156,22 @@ class GaussMarkov(TorchDistribution):
             linear = linear + torch.cat([first.unsqueeze(-2), rest], -2)
         return cls(diagonal, upper, linear, normaliser=normaliser)
 
-    @lazy_property
+    def _has_graph(self) -> bool:
+        return self.diagonal.requires_grad or self.upper.requires_grad or self.linear.requires_grad
+
+    @_kept
     def log_normaliser(self) -> Tensor:
         r""":math:`\log Z`, shape (*batch)."""
         if self._known_normaliser is not None:
             return self._known_normaliser.expand(self.batch_shape)
         return log_normaliser(self.diagonal, self.upper, self.linear).expand(self.batch_shape)
 
-    @lazy_property
+    @_kept
     def _factor(self) -> ChainFactor | CompiledFactor:
         diagonal, upper, _, _ = as_columns(self.diagonal, self.upper, self.linear)
         return factorise(diagonal, upper)
 
-    @lazy_property
+    @_kept
     def mean(self) -> Tensor:
         """Means (*batch, time, latent)."""
         return self._solve(self.linear)
@@ -156,7 +180,7 @@ class GaussMarkov(TorchDistribution):
         *_, columns, layout = as_columns(self.diagonal, self.upper, linear)
         return from_columns(self._factor.solve(columns), layout).expand(self.batch_shape + self.event_shape)
 
-    @lazy_property
+    @_kept
     def _marginals(self) -> tuple[Tensor, Tensor]:
         covariance, cross = self._factor.marginals()
         lead = torch.broadcast_shapes(self.diagonal.shape[:-3], self.upper.shape[:-3])

@@ -222,7 +222,18 @@ def log_normaliser(diagonal: Tensor, upper: Tensor, linear: Tensor) -> Tensor:
     -------
     Tensor, (*batch)
         Differentiable once; the gradient is the mean and the selected inverse.
+
+    Raises
+    ------
+    ValueError
+        Where the shapes do not fit together.
     """
+    time, latent = diagonal.shape[-3], diagonal.shape[-1]
+    if upper.shape[-3:] != (time - 1, latent, latent) or linear.shape[-2:] != (time, latent):
+        raise ValueError(
+            "diagonal, upper and linear must be (*batch, time, latent, latent), (*batch, time - 1, latent, latent) and "
+            f"(*batch, time, latent), got {tuple(diagonal.shape)}, {tuple(upper.shape)} and {tuple(linear.shape)}"
+        )
     diagonal, upper, columns, layout = as_columns(diagonal, upper, linear)
     compiled = _compiled_for(diagonal, upper, columns)
     kernel = _LogNormaliser if compiled is None else compiled.LogNormaliser

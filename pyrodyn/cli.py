@@ -1,0 +1,313 @@
+"""The command line: `pyrodyn models`, `fit`, `predict`, `demo`.
+
+Whatever fails ends in one line on stderr and a non-zero exit code: 2 for a command that was typed wrongly, 1 for all
+else. `pyrodyn --debug ...` shows the traceback instead. What takes long to import is imported inside the commands.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from pyrodyn.recording import Recording
+
+INTERRUPTED = 130  # the shell's code for a command stopped by Ctrl-C
+
+
+class ReadoutName(StrEnum):
+    POISSON = "poisson"
+    GAUSSIAN = "gaussian"
+    NEGATIVE_BINOMIAL = "negative-binomial"
+    BERNOULLI = "bernoulli"
+
+
+class EngineName(StrEnum):
+    SVI = "svi"
+    LAPLACE = "laplace"
+    NUTS = "nuts"
+
+
+class OneLineErrors(TyperGroup):
+    """Commands whose failures and warnings are one line each."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except Exception as error:
+            code = _report(error)
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+    def invoke(self, ctx: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = _warn
+            try:
+                return super().invoke(ctx)
+            except Exception as error:
+                if ctx.params["debug"] or isinstance(error, typer.Exit):
+                    raise
+                raise typer.Exit(_report(error)) from None
+
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    help="Latent dynamics of neural populations: fit a model to a recording, and predict from its posterior.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+BinWidth = Annotated[float | None, typer.Option(help="Seconds; for .npz, .npy and .nwb files.")]
+Trials = Annotated[str | None, typer.Option(help="Table of trials in an .nwb file.  [default: trials]")]
+AlignTo = Annotated[str | None, typer.Option(help="Column of event times in that table.  [default: start_time]")]
+Window = Annotated[tuple[float, float] | None, typer.Option(help="Start and stop in seconds about the event (.nwb).")]
+RecordingFile = Annotated[
+    Path, typer.Argument(metavar="FILE", help="A recording: .nc (from Recording.to_xarray), .npz, .npy or .nwb.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")] = False,
+) -> None:
+    del debug  # looked up by OneLineErrors
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command("models")
+def list_models() -> None:
+    """List the zoo."""
+    from pyrodyn import models
+
+    width = max(map(len, models.__all__))
+    for name in models.__all__:
+        first, *_ = (getattr(models, name).__doc__ or "").strip().splitlines()
+        typer.echo(f"{name:<{width}}  {first}")
+
+
+@app.command()
+def fit(
+    file: RecordingFile,
+    latent_dim: Annotated[int, typer.Option(help="Number of latents.")] = 3,
+    readout: Annotated[ReadoutName | None, typer.Option(help="Poisson for counts, Gaussian otherwise.")] = None,
+    engine: Annotated[EngineName, typer.Option(help="How the posterior is found.")] = EngineName.SVI,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of svi.")] = None,
+    draws: Annotated[int | None, typer.Option(min=1, help="Draws, for nuts in each chain.")] = None,
+    warmup: Annotated[int | None, typer.Option(min=1, help="Warm-up draws of each chain of nuts.")] = None,
+    chains: Annotated[int | None, typer.Option(min=1, help="Chains of nuts.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    output: Annotated[Path, typer.Option(help="The posterior, a netCDF file.")] = Path("fit.nc"),
+    checkpoint: Annotated[Path | None, typer.Option(help="File from which a killed run resumes.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Folder for pictures of the posterior.")] = None,
+    bin_width: BinWidth = None,
+    trials: Trials = None,
+    align_to: AlignTo = None,
+    window: Window = None,
+) -> None:
+    """Fit a linear dynamical system to a recording."""
+    import pyrodyn as dyn
+
+    for path in (output, checkpoint):
+        _check_folder(path)  # now, not after an hour's fit
+    given = {"steps": steps, "draws": draws, "warmup": warmup, "chains": chains}
+    chosen = _engine(engine, {name: value for name, value in given.items() if value is not None})
+    recording = _read(file, bin_width=bin_width, trials=trials, align_to=align_to, window=window)
+    model = dyn.models.LDS(latent_dim=latent_dim, readout=_readout(readout, recording))
+    typer.echo(f"{recording!r}\n{model}\n{chosen}")
+    posterior = dyn.fit(model, recording, chosen, seed=seed, checkpoint=checkpoint)
+    dyn.save(posterior, output)
+    typer.echo(f"{output}: {posterior.attrs['wall_time_seconds']:.1f} s, diagnostics {posterior.attrs['diagnostics']}")
+    if figures is not None:
+        _draw(posterior, figures)
+
+
+@app.command()
+def predict(
+    fitted: Annotated[Path, typer.Argument(metavar="FIT", help="A posterior written by `pyrodyn fit`.")],
+    file: RecordingFile,
+    output: Annotated[Path, typer.Option(help="The prediction, a netCDF file.")] = Path("prediction.nc"),
+    draws: Annotated[int, typer.Option(min=1, help="Posterior draws to average over.")] = 100,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    bin_width: BinWidth = None,
+    trials: Trials = None,
+    align_to: AlignTo = None,
+    window: Window = None,
+) -> None:
+    """Latents and expected observations of a recording under a posterior."""
+    import xarray as xr
+
+    import pyrodyn as dyn
+
+    _check_folder(output)
+    posterior = dyn.load(fitted)
+    recording = _read(file, bin_width=bin_width, trials=trials, align_to=align_to, window=window)
+    found = dyn.predict(posterior, recording, draws=draws, seed=seed)
+    dyn.save(xr.DataTree(found), output)
+    sizes = ", ".join(f"{found.sizes[dim]} {dim}s" for dim in ("trial", "time", "unit"))
+    typer.echo(f"{output}: {', '.join(map(str, found.data_vars))} of {sizes}".replace("times", "bins"))
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for posteriors and pictures.")] = Path("demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Tiny sizes, only to see that it runs.")] = False,
+) -> None:
+    """Fit real recordings under two engines, compare, and draw; under three minutes."""
+    from pyrodyn.demo import run
+
+    run(output, quick=quick, say=typer.echo)
+
+
+def main() -> None:
+    """Entry point of the command `pyrodyn`."""
+    app()
+
+
+def _report(error: Exception) -> int:
+    """Say in one line what went wrong; returns the exit code."""
+    if hasattr(error, "format_message"):  # typer's own: a wrong option, command or argument
+        text, code = error.format_message(), getattr(error, "exit_code", 2)  # pyright: ignore[reportAttributeAccessIssue]
+    elif isinstance(error, typer.Abort):
+        text, code = "stopped", INTERRUPTED
+    elif isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text, code = f"{error.filename}: {error.strerror}", 1
+    elif isinstance(error, (ValueError, OSError, ImportError)) or type(error).__module__ == "pyrodyn.errors":
+        text, code = str(error), 1
+    else:
+        text, code = f"unexpected {type(error).__name__}: {error}; `pyrodyn --debug ...` shows where", 1
+    typer.echo("pyrodyn: " + " ".join(text.split()), err=True)
+    return code
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    typer.echo("pyrodyn: warning: " + " ".join(str(message).split()), err=True)
+
+
+def _check_folder(path: Path | None) -> None:
+    if path is not None and not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}; make it first")
+
+
+def _engine(name: EngineName, options: dict[str, int]) -> Any:
+    """The engine with the options given; an option that it does not have is an error."""
+    from dataclasses import fields
+
+    from pyrodyn import inference
+
+    kind = {EngineName.SVI: inference.SVI, EngineName.LAPLACE: inference.Laplace, EngineName.NUTS: inference.NUTS}[name]
+    foreign = sorted(options.keys() - {field.name for field in fields(kind)})
+    if foreign:
+        raise typer.BadParameter(f"--engine {name} takes no {', '.join(f'--{option}' for option in foreign)}")
+    return kind(**options)
+
+
+def _readout(name: ReadoutName | None, recording: Recording) -> Any:
+    from pyrodyn import readouts
+
+    if name is None:
+        return readouts.Poisson() if recording.counts else readouts.Gaussian()
+    return {
+        ReadoutName.POISSON: readouts.Poisson,
+        ReadoutName.GAUSSIAN: readouts.Gaussian,
+        ReadoutName.NEGATIVE_BINOMIAL: readouts.NegativeBinomial,
+        ReadoutName.BERNOULLI: readouts.Bernoulli,
+    }[name]()
+
+
+def _draw(posterior: xr.DataTree, folder: Path) -> None:
+    from pyrodyn import plots
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture in (plots.latents, plots.eigenvalues, plots.trace, plots.rates):
+        path = folder / f"{picture.__name__}.png"
+        picture(posterior).savefig(path)
+        typer.echo(str(path))
+
+
+def _read(
+    path: Path, *, bin_width: float | None, trials: str | None, align_to: str | None, window: tuple[float, float] | None
+) -> Recording:
+    """A recording from a file of any kind that this command line knows."""
+    from pyrodyn import readers
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    kind = path.suffix.lower()
+    asked = {"trials": trials, "align_to": align_to, "window": window}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if kind not in (".nc", ".npz", ".npy", ".nwb"):
+        raise typer.BadParameter(f"{path}: a recording is a .nc, .npz, .npy or .nwb file; rename or convert it")
+    if asked and kind != ".nwb":
+        raise typer.BadParameter(f"{', '.join('--' + name.replace('_', '-') for name in asked)}: only for .nwb files")
+    if kind == ".nc":
+        if bin_width is not None:
+            raise typer.BadParameter(f"--bin-width: {path} has its own; leave the option out")
+        return _from_netcdf(path)
+    if bin_width is None:
+        raise typer.BadParameter(f"{path} does not say how long its bins are: give --bin-width in seconds")
+    if kind == ".nwb":
+        return readers.read_nwb(path, bin_width=bin_width, **asked)  # pyright: ignore[reportArgumentType]
+    return _from_numpy(path, bin_width)
+
+
+def _from_netcdf(path: Path) -> Recording:
+    import xarray as xr
+
+    from pyrodyn._hdf5_guard import check_hdf5
+    from pyrodyn.errors import RecordingError
+    from pyrodyn.recording import Recording
+
+    check_hdf5(path, error=RecordingError)
+    with xr.open_dataset(path, engine="h5netcdf", decode_times=False, decode_timedelta=False) as dataset:
+        if "observations" not in dataset:
+            raise RecordingError(
+                f"{path}: has no variable 'observations' at its root; write a recording by "
+                "recording.to_xarray().to_netcdf(path)"
+            )
+        return Recording.from_xarray(dataset.load())
+
+
+def _from_numpy(path: Path, bin_width: float) -> Recording:
+    """`observations` or the only array; others go to the arguments of `Recording.from_arrays` of the same names."""
+    import inspect
+    from zipfile import BadZipFile
+
+    import numpy as np
+
+    from pyrodyn.errors import RecordingError
+    from pyrodyn.recording import Recording
+
+    try:
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            arrays = {"observations": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    except (ValueError, EOFError, BadZipFile, MemoryError, KeyError) as error:
+        raise RecordingError(f"{path}: not a readable {path.suffix} file of plain arrays ({error})") from None
+    known = inspect.signature(Recording.from_arrays).parameters.keys() - {"bin_width", "missing"}
+    if "observations" not in arrays:
+        others = [name for name in arrays if name not in known]
+        if len(others) != 1:
+            raise RecordingError(
+                f"{path}: holds {sorted(arrays)}; name the array (trial, time, unit) 'observations', or store it alone"
+            )
+        arrays["observations"] = arrays.pop(others[0])
+    ignored = sorted(arrays.keys() - known)
+    if ignored:
+        warnings.warn(
+            f"{path}: ignored {', '.join(ignored)}, of which Recording.from_arrays knows nothing", stacklevel=2
+        )
+    arguments = {name: array.item() if array.ndim == 0 else array for name, array in arrays.items() if name in known}
+    return Recording.from_arrays(bin_width=bin_width, **arguments)  # pyright: ignore[reportArgumentType]
