@@ -1,10 +1,10 @@
-"""Spikes of held-out units in test trials: Poisson LDS against Gaussian-kernel smoothing, on the delayed-reach recording.
+"""Spikes of held-out units in test trials: Poisson LDS against Gaussian-kernel smoothing, on the reach recording.
 
 Run `python benchmarks/calibrate_cosmoothing.py`; it writes docs/tables/cosmoothing.md. $PYRODYN_DATA names the folder
 that holds datahigh_reach. For every split of the trials, 4 in 5 train, and one fit serves several choices of held-out
-units. Nothing is tuned on test trials: the latent dimension is chosen by co-smoothing inside the training trials, kernel
-width and penalty of the regression by cross-validation over them. The exit code is 1 unless the LDS wins by two standard
-errors of the paired difference over test trials, in every row.
+units. Nothing is tuned on test trials: the latent dimension is chosen by co-smoothing inside the training trials,
+kernel width and penalty of the regression by cross-validation over them. The exit code is 1 unless the LDS wins by two
+standard errors of the paired difference over test trials, in every row.
 """
 
 from __future__ import annotations

@@ -120,32 +120,31 @@ def find_mode(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) 
     `TOLERANCE`.
     """
     batch = torch.broadcast_shapes(prior.batch_shape, readout.batch_shape)
-    state = prior.mean.expand(batch + prior.event_shape).clone()
+    state = prior.mean.expand(batch + prior.event_shape)
     predictor = readout.predict(state)
-    value = readout.log_fit(predictor, observations) + prior.log_potential(state)
+    fit, score, curvature = readout.expand_log(predictor, observations)
+    value = fit + prior.log_potential(state)
     active = torch.isfinite(value)
     for _ in range(MAX_NEWTON_STEPS):
-        slope = prior.force(state) + readout.score(predictor, observations) @ readout.loading
-        precision = _outer(readout, readout.curvature(predictor, observations))
-        step = GaussMarkov(prior.diagonal + precision, prior.upper, slope).mean
+        slope = prior.force(state) + score @ readout.loading
+        step = GaussMarkov(prior.diagonal + _outer(readout, curvature), prior.upper, slope).mean
         move = step @ readout.loading.mT
         size = (MAX_PREDICTOR_STEP / move.abs().amax((-2, -1)).clamp(min=1e-12)).clamp(max=1.0)
         gain = (slope * step).sum((-2, -1))
         active = active & torch.isfinite(gain)
-        pending = active
-        while bool(pending.any()):
-            trial_predictor = predictor + size[..., None, None] * move
-            trial_state = state + size[..., None, None] * step
-            trial = readout.log_fit(trial_predictor, observations) + prior.log_potential(trial_state)
+        size = torch.where(active, size, 0.0)
+        while True:
+            ahead = torch.addcmul(state, size[..., None, None], step)
+            predictor_ahead = torch.addcmul(predictor, size[..., None, None], move)
+            fit, score, curvature = readout.expand_log(predictor_ahead, observations)
+            value_ahead = fit + prior.log_potential(ahead)
             small = gain * size < 1e-10 * value.abs().clamp(min=1.0)  # below rounding: any such step will do
-            accepted = pending & ((trial >= value + SUFFICIENT * size * gain) | small)
-            state = torch.where(accepted[..., None, None], trial_state, state)
-            value = torch.where(accepted, trial, value)
-            predictor = torch.where(accepted[..., None, None], trial_predictor, predictor)
-            pending = pending & ~accepted
-            size = torch.where(pending, 0.5 * size, size)
-            pending = pending & (size > 1e-10)
-        active = active & ((step.abs().amax((-2, -1)) > TOLERANCE) & (size > 1e-10))
+            enough = (value_ahead >= value + SUFFICIENT * size * gain) | small | ~active
+            if bool(enough.all()):
+                break
+            size = torch.where(enough, size, 0.5 * size)
+        state, predictor, value = ahead, predictor_ahead, value_ahead
+        active = active & (step.abs().amax((-2, -1)) > TOLERANCE)
         if not bool(active.any()):
             break
     return state

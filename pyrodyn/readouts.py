@@ -85,6 +85,14 @@ class Readout(ABC):
     def curvature(self, predictor: Tensor, noise: Any, value: Tensor) -> Tensor:
         """Minus the second derivative of `log_prob` in the predictor; never negative."""
 
+    def expand_log(self, predictor: Tensor, noise: Any, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`log_kernel`, `score` and `curvature` at once, for laws whose three share an exponential."""
+        return (
+            self.log_kernel(predictor, noise, value),
+            self.score(predictor, noise, value),
+            self.curvature(predictor, noise, value),
+        )
+
     @abstractmethod
     def mean(self, predictor: Tensor, noise: Any) -> Tensor:
         """Expected observation: a count for a bin, or a value in the recording's units."""
@@ -193,6 +201,11 @@ class Poisson(_Counts):
 
     def curvature(self, predictor, noise, value):
         return self.mean(predictor, noise)
+
+    def expand_log(self, predictor, noise, value):
+        predictor = predictor.clamp(max=MAX_LOG_RATE)
+        rate = predictor.exp()
+        return torch.addcmul(-rate, value, predictor), value - rate, rate
 
     def sample(self, predictor, noise):
         return torch.poisson(self.mean(predictor, noise))
@@ -327,9 +340,11 @@ class AffineReadout(TorchDistribution):
         """Log likelihood of a trial, (*batch), at a given predictor."""
         return self._where_observed(self.law.log_prob(predictor, self.noise, self._where_observed(value))).sum((-2, -1))
 
-    def log_fit(self, predictor: Tensor, value: Tensor) -> Tensor:
-        """`log_likelihood` up to terms that the predictor does not enter, (*batch)."""
-        return self._where_observed(self.law.log_kernel(predictor, self.noise, value)).sum((-2, -1))
+    def expand_log(self, predictor: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log likelihood (*batch) up to terms that the predictor does not enter, `score` and `curvature`."""
+        kernel, score, curvature = self.law.expand_log(predictor, self.noise, value)
+        score, curvature = self._where_observed(score), self._where_observed(curvature)
+        return self._where_observed(kernel).sum((-2, -1)), score, curvature
 
     def score(self, predictor: Tensor, value: Tensor) -> Tensor:
         """Derivative of the log likelihood in the predictor, zero where unobserved."""

@@ -73,7 +73,7 @@ def busiest(recording: dyn.Recording, trials: int, units: int) -> dyn.Recording:
 
 RECORDINGS: dict[str, tuple[Callable[[Path], dyn.Recording], tuple[int, int, int]]] = {
     "datahigh_reach": (reach, (112, 76, 61)),
-    "steinmetz2019_multiregion": (steinmetz, (114, 40, 734)),
+    "steinmetz2019_multiregion": (steinmetz, (114, 40, 720)),
     "zheng_human_mtl_nwb": (medial_temporal_lobe, (90, 30, 35)),
     "nitime_fmri": (resting_bold, (1, 250, 31)),
     "chestek_m1_contdata": (motor_cortex, (1456, 25, 95)),
@@ -86,14 +86,13 @@ def test_loads_fits_and_predicts(name: str, engine: str, data_dir: Path) -> None
     load, shape = RECORDINGS[name]
     whole = load(data_dir)
     assert (whole.num_trials, whole.num_bins, whole.num_units) == shape
-    recording = busiest(whole, trials=12, units=8)
+    recording = busiest(whole, trials=8, units=8)
     readout = readouts.Poisson() if recording.counts else readouts.Gaussian()
     posterior = dyn.fit(models.LDS(latent_dim=2, readout=readout), recording, ENGINES[engine], seed=0)
     for group in ("posterior", "invariants", "unconstrained_posterior", "latents", "log_likelihood"):
         for variable in posterior[group].data_vars.values():
             assert np.isfinite(variable.values).all(), f"{group}/{variable.name}"
 
-    # The rates of hidden units follow what those units did, better than chance.
     predicted = dyn.predict(posterior, recording, draws=20, seed=0)
     observed = recording.to_xarray()["observations"]
     assert predicted["expected"].dims == observed.dims and predicted["expected"].shape == observed.shape

@@ -21,6 +21,9 @@ from pyrodyn.program import LatentModel, Program, globals_given
 from pyrodyn.recording import Recording
 
 
+NEAR = 1e-7  # relative gain of a step below which a start is near enough to the mode
+
+
 @dataclass(frozen=True)
 class Draws:
     """What an engine hands on.
@@ -68,7 +71,7 @@ def starting_values(program: Program, recording: Recording, max_steps: int, labe
     if max_steps == 0 or not collapses(program, recording):
         return values
     density = LogDensity(collapse(program), recording)
-    return density.constrain(ascend(density, density.unconstrain(values), max_steps, label)[0])
+    return density.constrain(ascend(density, density.unconstrain(values), max_steps, label, NEAR)[0])
 
 
 def treat_path(

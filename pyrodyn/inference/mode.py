@@ -16,8 +16,13 @@ from pyrodyn.progress import progress
 STEP = 1e-4  # of the central differences, in unconstrained coordinates, whose posterior sds are of order .01 to 1
 
 
-def ascend(density: LogDensity, start: Tensor, max_steps: int, label: str) -> tuple[Tensor, bool]:
-    """Climb to the mode by L-BFGS from ``start`` (dimension,); returns the vector and whether it converged."""
+def ascend(
+    density: LogDensity, start: Tensor, max_steps: int, label: str, tolerance: float = 1e-13
+) -> tuple[Tensor, bool]:
+    """Climb to the mode by L-BFGS from ``start`` (dimension,); returns the vector and whether it converged.
+
+    It stops where a step gains less than ``tolerance`` of the log density's size.
+    """
     with progress(max_steps, label) as bar:
 
         def loss(vector: np.ndarray) -> tuple[float, np.ndarray]:
@@ -35,7 +40,7 @@ def ascend(density: LogDensity, start: Tensor, max_steps: int, label: str) -> tu
             method="L-BFGS-B",
             jac=True,
             callback=lambda _: bar.update() and None,
-            options={"maxiter": max_steps, "maxfun": 4 * max_steps, "maxcor": 30, "ftol": 1e-13, "gtol": 1e-5},
+            options={"maxiter": max_steps, "maxfun": 4 * max_steps, "maxcor": 30, "ftol": tolerance, "gtol": 1e-5},
         )
     return torch.from_numpy(found.x), bool(found.success)
 
