@@ -36,7 +36,7 @@ from pyrodyn.recording import Recording
 FULL_RANK_LIMIT = 300  # unconstrained globals; above, a full covariance has more entries than the data can fix
 CLIMB = 200  # steps of L-BFGS towards the mode, where the guide is centred at the start
 SNAPSHOT = 50  # steps between the states that a failed step falls back to
-MAX_FAILURES = 3  # in a row, each with half the step of the one before
+MAX_FAILURES = 3  # since one of these states, each with half the step of the one before
 FINAL_RATE = 0.01  # of the learning rate, at the last step of the cosine schedule
 
 
@@ -123,12 +123,14 @@ class _Run:
 
     def train(self, checkpoint: StateStore | None) -> np.ndarray:
         held = checkpoint.read() if checkpoint else None
-        if held is not None:
-            self._restore(held)
         snapshot = self._state()
+        if held is not None:
+            self._restore(_part(held, "now/"))
+            snapshot = _part(held, "good/")
         with progress(self.options.steps, "SVI", self.step) as bar:
             while self.step < self.options.steps:
-                if self.failures == 0 and self.step % SNAPSHOT == 0:
+                if self.step >= int(snapshot["step"][0]) + SNAPSHOT:
+                    self.failures = 0
                     snapshot = self._state()
                 if not self._advance():
                     self._fall_back(snapshot)
@@ -137,7 +139,9 @@ class _Run:
                 if self.step % 20 == 0:
                     bar.set_postfix_str(f"loss {self.losses[self.step - 1]:.1f}", refresh=False)
                 if checkpoint and checkpoint.due():
-                    checkpoint.write(self._state())
+                    # With the state that a failed step returns to: a resumed run has to return to the same one.
+                    both = {"now/": self._state(), "good/": snapshot}
+                    checkpoint.write({place + key: v for place, state in both.items() for key, v in state.items()})
         return self.losses
 
     def _advance(self) -> bool:
@@ -155,7 +159,6 @@ class _Run:
         self.optimiser.step()
         self.losses[self.step] = float(loss.detach())
         self.step += 1
-        self.failures = 0
         return True
 
     def _fall_back(self, snapshot: dict[str, np.ndarray]) -> None:
@@ -163,9 +166,9 @@ class _Run:
         self.failures += 1
         if self.failures > MAX_FAILURES:
             raise NonFiniteError(
-                f"SVI: the loss or its gradient was not finite at step {self.step}, {self.failures} times in a row, "
-                f"at site {self._culprit()!r}; lower learning_rate={self.options.learning_rate}, or look at that "
-                "site's prior"
+                f"SVI: the loss or its gradient was not finite at step {self.step}, for the {self.failures}th time since "
+                f"step {int(snapshot['step'][0])}, at site {self._culprit()!r}; lower "
+                f"learning_rate={self.options.learning_rate}, or look at that site's prior"
             )
         failures, damping, random_state = self.failures, 0.5 * self.damping, torch.get_rng_state()
         self._restore(snapshot)
@@ -212,3 +215,7 @@ class _Run:
                 self.optimiser.state[parameter] = {
                     key.split("/")[1]: torch.from_numpy(np.array(state[key])) for key in keys
                 }
+
+
+def _part(state: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
