@@ -1,8 +1,9 @@
 """What the LDS recovers of a system whose truth is known: eigenvalues, latents, bands, held-out units.
 
-Run `python benchmarks/calibrate_lds.py`. The system is two damped rotations, radius .98, periods of 20 and 50 bins, seen by 50
-units for 100 bins, through Gaussian noise (variance .5) or as Poisson counts (exponential link, .1 to .3 events a bin). It is
-simulated here, without the package. Bars are those of the project's plan; the exit code is 1 where one is missed.
+Run `python benchmarks/calibrate_lds.py`. The system is two damped rotations, radius .98, periods of 20 and 50 bins,
+seen by 50 units for 100 bins, through Gaussian noise (variance .5) or as Poisson counts (exponential link, .1 to .3
+events a bin). It is simulated here, without the package. Bars are those of the project's plan; the exit code is 1
+where one is missed.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ class System:
             values = random.poisson(np.exp(predictor))
         else:
             values = predictor + math.sqrt(NOISE_VARIANCE) * random.normal(size=predictor.shape)
-        return cls(dynamics, loading, offset, path, dyn.Recording.from_arrays(values, bin_width=BIN_WIDTH, counts=counts))
+        return cls(
+            dynamics, loading, offset, path, dyn.Recording.from_arrays(values, bin_width=BIN_WIDTH, counts=counts)
+        )
 
     def path_posterior(self, recording: dyn.Recording) -> tuple[GaussMarkov, AffineReadout]:
         """What a recording says of the path under the true parameters, and the readout at a path of zeros."""
@@ -193,14 +196,19 @@ def main() -> int:
     table(fits, "seed")
     errors = np.array([fit["worst eigenvalue error"] for fit in fits])
     losses = np.array([fit["R2 of the true smoother"] - fit["R2 inferred to true"] for fit in fits])
-    bar(f"Worst eigenvalue within .02: median {np.median(errors):.4f}, worst seed {errors.max():.4f}", errors.max() <= 0.02)
+    bar(
+        f"Worst eigenvalue within .02: median {np.median(errors):.4f}, worst seed {errors.max():.4f}",
+        errors.max() <= 0.02,
+    )
     bar(
         f"Smoothed R2 within .01 of the true smoother's: median loss {np.median(losses):.5f}, worst {losses.max():.5f}",
         losses.max() <= 0.01,
     )
     say()
 
-    say(f"## Poisson readout, Laplace bands of the path given the true parameters, {options.band_replicates} replicates of 20 trials")
+    say(
+        f"## Poisson readout, Laplace bands of the path given the true parameters, {options.band_replicates} replicates of 20 trials"
+    )
     say()
     covered = np.array([band_coverage(1000 + i, 20) for i in range(options.band_replicates)])
     mean, error = covered.mean(0), covered.std(0, ddof=1) / math.sqrt(len(covered))
@@ -212,7 +220,9 @@ def main() -> int:
     bar(f"90% bands hold the true latent in 86% to 94% of all bins: {mean[-1]:.2%}", 0.86 <= mean[-1] <= 0.94)
     say()
 
-    say(f"## Poisson readout, co-smoothing of {HELD_OUT} of {UNITS} units, {options.trials} trials to fit, 40 to test, bits per spike")
+    say(
+        f"## Poisson readout, co-smoothing of {HELD_OUT} of {UNITS} units, {options.trials} trials to fit, 40 to test, bits per spike"
+    )
     say()
     scores = []
     for seed in range(options.cosmoothing_seeds):
@@ -220,7 +230,10 @@ def main() -> int:
         print(f"seed {seed}: {scores[-1]}, {time.perf_counter() - began:.0f} s", flush=True)
     table(scores, "seed")
     ratios = np.array([score["ratio"] for score in scores])
-    bar(f"Within 2% of the true parameters: median ratio {np.median(ratios):.4f}, worst {ratios.min():.4f}", np.median(ratios) >= 0.98)
+    bar(
+        f"Within 2% of the true parameters: median ratio {np.median(ratios):.4f}, worst {ratios.min():.4f}",
+        np.median(ratios) >= 0.98,
+    )
     say()
     say(f"{time.perf_counter() - began:.0f} s on one 2.8 GHz core.")
     if options.table is not None:

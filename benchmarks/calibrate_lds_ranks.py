@@ -1,14 +1,15 @@
-r"""Simulation-based calibration of the LDS with a Gaussian readout, and the measured coverage of the approximate engines.
+r"""Simulation-based calibration of the LDS with a Gaussian readout, and the measured coverage of the approximate
+engines.
 
-Run `python benchmarks/calibrate_lds_ranks.py`. In every replicate parameters are drawn from the prior and observations from
-the parameters. If simulator, density, gauge, Jacobians and conditioning agree, the rank of a true quantity among exact
-posterior draws is uniform.
+Run `python benchmarks/calibrate_lds_ranks.py`. In every replicate parameters are drawn from the prior and observations
+from the parameters. If simulator, density, gauge, Jacobians and conditioning agree, the rank of a true quantity among
+exact posterior draws is uniform.
 
 The posterior draws are exact in the sense that the test needs. From the truth, itself one draw of the posterior, a
-reversible Markov chain walks some steps; from where it ends, 63 chains walk as many steps forward. Given the meeting point,
-truth and ends are exchangeable, so ranks are uniform whether or not the chains have mixed; mixing gives the test its power,
-and the planted bugs show that it has some. Steps are Hamiltonian, in coordinates whitened by the covariance that
-`inference.Laplace` found from the data alone.
+reversible Markov chain walks some steps; from where it ends, 63 chains walk as many steps forward. Given the meeting
+point, truth and ends are exchangeable, so ranks are uniform whether or not the chains have mixed; mixing gives the
+test its power, and the planted bugs show that it has some. Steps are Hamiltonian, in coordinates whitened by the
+covariance that `inference.Laplace` found from the data alone.
 
 References: Talts et al., arXiv:1804.06788 (ranks); Gandy & Scott, arXiv:2001.06465 (chains that start at the truth).
 """
@@ -20,7 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import arviz_stats  # noqa: F401 (brings the accessor azstats)
@@ -70,9 +71,7 @@ def twice(recording: dyn.Recording) -> dyn.Recording:
 def like(trials: int = TRIALS) -> dyn.Recording:
     """Shape and units of measurement; fixed, so that the prior is the same in all replicates."""
     zeros = np.zeros((trials, BINS, UNITS))
-    return dyn.Recording.from_arrays(
-        zeros, bin_width=0.02, center=np.zeros(UNITS), scale=np.ones(UNITS), counts=False
-    )
+    return dyn.Recording.from_arrays(zeros, bin_width=0.02, center=np.zeros(UNITS), scale=np.ones(UNITS), counts=False)
 
 
 def true_sites(model: models.LDS, truth: xr.Dataset, recording: dyn.Recording) -> dict[str, Tensor]:

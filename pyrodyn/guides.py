@@ -183,7 +183,8 @@ def _initialise(start: Start):
 
 
 def draw_globals(guide: nn.Module, recording: Recording, draws: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Draws (draw, *event) of the globals, (draw, trial, *event) of what is local to a trial, and their log density (draw,).
+    """Draws (draw, *event) of the globals, (draw, trial, *event) of what is local to a trial, and their log density
+    (draw,).
 
     Of a `StructuredGuide` the globals alone are drawn.
     """

@@ -36,7 +36,9 @@ COUNTS = [pytest.param(law, id=type(law).__name__) for law in zoo.READOUTS if no
 class Case:
     """A random LDS, its readout, and data simulated from it, all as plain tensors."""
 
-    def __init__(self, law: Readout, *, trials=2, bins=6, units=3, dim=2, seed=0, observed=None, drifting=False) -> None:
+    def __init__(
+        self, law: Readout, *, trials=2, bins=6, units=3, dim=2, seed=0, observed=None, drifting=False
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape):
@@ -106,7 +108,7 @@ def some_observed(kind: str, trials: int, bins: int, units: int) -> Tensor | Non
     return observed
 
 
-# ---------------------------------------------------------------------------------------------- exact: Gaussian readouts
+# ------------------------------------------------------------------------------------------ exact: Gaussian readouts
 
 
 @pytest.mark.parametrize("kind", ["all", "ragged", "missing"])
@@ -177,8 +179,12 @@ def test_gaussian_readout_is_the_laplace_approximation_of_itself():
 
     observed = some_observed("missing", 2, 6, 3)
     plain, disguised = (Case(law, observed=observed) for law in (Gaussian(), Disguised()))
-    torch.testing.assert_close(laplace_evidence(*disguised.parts()), gaussian_evidence(*plain.parts()), rtol=0, atol=1e-9)
-    torch.testing.assert_close(laplace_path(*disguised.parts()).mean, path_given(*plain.parts()).mean, rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        laplace_evidence(*disguised.parts()), gaussian_evidence(*plain.parts()), rtol=0, atol=1e-9
+    )
+    torch.testing.assert_close(
+        laplace_path(*disguised.parts()).mean, path_given(*plain.parts()).mean, rtol=0, atol=1e-9
+    )
 
 
 # ---------------------------------------------------------------------------------------------- other libraries
@@ -202,7 +208,10 @@ def test_equals_the_kalman_smoother_of_statsmodels(missing):
     posterior = path_given(*case.parts())
     np.testing.assert_allclose(posterior.mean[0].numpy(), reference.smoothed_state.T, rtol=0, atol=1e-8)
     np.testing.assert_allclose(
-        posterior.covariance.expand(1, 40, 3, 3)[0].numpy(), np.moveaxis(reference.smoothed_state_cov, -1, 0), rtol=0, atol=1e-8
+        posterior.covariance.expand(1, 40, 3, 3)[0].numpy(),
+        np.moveaxis(reference.smoothed_state_cov, -1, 0),
+        rtol=0,
+        atol=1e-8,
     )
     assert float(path_evidence(*case.parts())[0]) == pytest.approx(reference.llf_obs.sum(), abs=1e-8)
 
@@ -269,7 +278,9 @@ def test_equals_published_kalman_outputs(make):
 def test_equals_the_gaussian_hmm_of_pyro():
     """Its initial law is of the state before the first transition, and its matrices act on row vectors."""
     case = Case(Gaussian(), trials=3, bins=11)
-    before = torch.linalg.solve(case.dynamics, torch.linalg.solve(case.dynamics, case.initial - case.noise_covariance).T).T
+    before = torch.linalg.solve(
+        case.dynamics, torch.linalg.solve(case.dynamics, case.initial - case.noise_covariance).T
+    ).T
     mean_before = torch.linalg.solve(case.dynamics, case.mean)
     zero = torch.zeros(2, dtype=torch.float64)
     reference = dist.GaussianHMM(
@@ -416,4 +427,6 @@ def test_the_mode_depends_on_nothing_but_parameters_and_data():
 def test_bernoulli_that_is_always_one_has_a_finite_mode():
     case = Case(Bernoulli(), trials=2)
     case.data, case.loading = torch.ones_like(case.data), 10.0 * case.loading
-    assert bool(torch.isfinite(find_mode(*case.parts())).all()) and bool(torch.isfinite(laplace_evidence(*case.parts())).all())
+    assert bool(torch.isfinite(find_mode(*case.parts())).all()) and bool(
+        torch.isfinite(laplace_evidence(*case.parts())).all()
+    )

@@ -11,13 +11,13 @@ import pyro
 import pytest
 import torch
 import xarray as xr
+import zoo
 from pyro import poutine
-from pyro.infer import MCMC, NUTS, Predictive, SVI, Trace_ELBO
+from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 import pyrodyn as dyn
-import zoo
 from pyrodyn import guides, inference, models, readouts
 from pyrodyn.conditioning import path_evidence
 from pyrodyn.inference import LogDensity, collapse
@@ -31,7 +31,9 @@ ROWS = [pytest.param(row, id=row.name) for row in zoo.MODELS]
 def classes(module, base: type) -> set[str]:
     """Names that a module exports for users to instantiate."""
     found = {name: getattr(module, name) for name in module.__all__}
-    return {name for name, item in found.items() if isinstance(item, type) and issubclass(item, base) and item is not base}
+    return {
+        name for name, item in found.items() if isinstance(item, type) and issubclass(item, base) and item is not base
+    }
 
 
 # ---------------------------------------------------------------------------------------------- the table is complete
@@ -113,7 +115,7 @@ def test_unconstrained_density_broadcasts_and_is_the_joint_with_its_jacobian(row
         torch.testing.assert_close(alone, slope[index], rtol=1e-7, atol=1e-7 * float(1.0 + slope[index].abs().max()))
 
 
-# ---------------------------------------------------------------------------------------------- sampling and conditioning
+# ------------------------------------------------------------------------------------------ sampling and conditioning
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -179,7 +181,9 @@ def test_the_declared_symmetry_changes_neither_likelihood_nor_invariants(row):
         for name, (dims, value) in before.items():
             assert after[name][0] == dims
             torch.testing.assert_close(after[name][1], value, rtol=1e-9, atol=1e-9)
-        moved |= any(not torch.allclose(new, old) for new, old in zip(turned, parameters, strict=True) if new is not None)
+        moved |= any(
+            not torch.allclose(new, old) for new, old in zip(turned, parameters, strict=True) if new is not None
+        )
     assert moved, f"the symmetry ({row.symmetry}) moved nothing"
 
 
@@ -255,9 +259,12 @@ def test_stock_pyro_runs_it(row):
         svi = SVI(row.model, AutoNormal(row.model), pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
         assert np.isfinite(svi.step(recording))
         pyro.clear_param_store()
-        start = {name: value.clone() for name, value in LogDensity(collapse(row.model), recording).constrain(
-            LogDensity(collapse(row.model), recording).unconstrain(row.model.initial_values(recording))).items()}  # fmt: skip
-        kernel = NUTS(collapse(row.model), max_tree_depth=1, init_strategy=pyro.infer.autoguide.init_to_value(values=start))
+        density = LogDensity(collapse(row.model), recording)
+        start = density.constrain(density.unconstrain(row.model.initial_values(recording)))
+        start = {name: value.clone() for name, value in start.items()}
+        kernel = NUTS(
+            collapse(row.model), max_tree_depth=1, init_strategy=pyro.infer.autoguide.init_to_value(values=start)
+        )
         chain = MCMC(kernel, num_samples=1, warmup_steps=1, disable_progbar=True)
         chain.run(recording)
     drawn = chain.get_samples()
@@ -275,7 +282,8 @@ def layout(tree: xr.DataTree) -> dict:
     for group in ("posterior", "invariants", "unconstrained_posterior", "latents", "observed_data", "constant_data"):
         dataset = tree[group].to_dataset()
         found[group] = {
-            str(name): (variable.dims, tuple(sorted(map(str, variable.coords)))) for name, variable in dataset.data_vars.items()
+            str(name): (variable.dims, tuple(sorted(map(str, variable.coords))))
+            for name, variable in dataset.data_vars.items()
         }
     return found
 
@@ -293,7 +301,9 @@ def test_every_engine_gives_the_same_tree(row, tmp_path):
         assert list(posterior["region"].values) == list(recording.region)
         assert tree["log_likelihood"]["observations"].dims == ("chain", "draw", "trial")
         assert list(tree["log_likelihood"]["trial"].values) == list(recording.trial)
-        assert np.isfinite(tree["log_likelihood"]["observations"]).all() and np.isfinite(tree["sample_stats"]["lp"]).all()
+        assert (
+            np.isfinite(tree["log_likelihood"]["observations"]).all() and np.isfinite(tree["sample_stats"]["lp"]).all()
+        )
         assert tree["latents"]["mean"].shape[:2] == (recording.num_trials, recording.num_bins)
         assert json.loads(tree.attrs["engine"])["class"] == type(zoo.ENGINES[name]).__name__
     reference = layouts["NUTS"]
@@ -355,9 +365,7 @@ def test_draws_follow_the_seed_alone(engine):
 def test_a_chain_depends_on_seed_and_number_alone(collapse_path):
     row = zoo.row("LDS-Gaussian")
     options = {"draws": 4, "warmup": 3, "max_tree_depth": 2, "collapse": collapse_path}
-    runs = {
-        chains: inference.NUTS(chains=chains, **options).run(row.model, row.recording, seed=2) for chains in (1, 2)
-    }
+    runs = {chains: inference.NUTS(chains=chains, **options).run(row.model, row.recording, seed=2) for chains in (1, 2)}
     shifted = inference.NUTS(chains=2, **options).run(row.model, row.recording, seed=1)
     for name, value in runs[2].samples.items():
         assert torch.equal(value[:1], runs[1].samples[name]), name

@@ -226,7 +226,9 @@ def test_a_precision_that_is_not_positive_definite_spoils_its_own_batch_element_
     close(found[[0, 2]], healthy[[0, 2]])
 
 
-@pytest.mark.parametrize(("bins", "dim", "batch", "linear_batch"), [(1, 1, (), ()), (2, 2, (2, 1), (2, 2)), (5, 2, (), (2,))])
+@pytest.mark.parametrize(
+    ("bins", "dim", "batch", "linear_batch"), [(1, 1, (), ()), (2, 2, (2, 1), (2, 2)), (5, 2, (), (2,))]
+)
 def test_gradients(bins, dim, batch, linear_batch):
     diagonal, upper, linear = (part.requires_grad_() for part in blocks(bins, dim, batch, linear_batch))
     value = normal(torch.Generator().manual_seed(1), *linear_batch, bins, dim).requires_grad_()

@@ -93,7 +93,7 @@ def test_inputs_drive_the_path_from_the_next_bin_on():
 
 
 def test_units_of_measurement_do_not_matter():
-    """A recording in millivolts has the posterior of the same recording in volts, but for the Jacobian of the change."""
+    """A recording in millivolts has the posterior of the same one in volts, but for the Jacobian of the change."""
     values = np.random.default_rng(0).normal(size=(3, 12, 4))
     model = models.LDS(2, readouts.Gaussian())
     volts, millivolts = (Recording.from_arrays(k * values, bin_width=0.1, counts=False) for k in (1.0, 1000.0))
@@ -103,7 +103,8 @@ def test_units_of_measurement_do_not_matter():
     scaled = {name: 1000.0 * value if name in ("offset", "noise_sd") else value for name, value in sites.items()}
     first = densities[0](densities[0].unconstrain(sites))
     second = densities[1](densities[1].unconstrain(scaled))
-    # Of values by 1000 in each entry; of the offsets' prior by 1000 in each unit (noise_sd has a logarithmic coordinate).
+    # Of values by 1000 in each entry; of the offsets' prior by 1000 in each unit (noise_sd has a logarithmic
+    # coordinate).
     expected = first - (values.size + 4) * math.log(1000.0)
     torch.testing.assert_close(second, expected, rtol=1e-9, atol=1e-9)
 
@@ -144,7 +145,12 @@ def test_recordings_that_do_not_fit_are_refused_before_any_work():
 @pytest.mark.parametrize(("trials", "bins", "units", "dim"), [(1, 1, 1, 1), (2, 1, 3, 2), (1, 2, 2, 2), (3, 5, 3, 3)])
 def test_the_smallest_recordings_have_a_finite_density_and_gradient(readout, trials, bins, units, dim):
     values = np.random.default_rng(1).integers(0, 2, size=(trials, bins, units)).astype(float)
-    like = {"center": np.zeros(units), "scale": np.ones(units), "unit": [f"u{i}" for i in range(units)], "time": np.arange(bins) * 0.1}
+    like = {
+        "center": np.zeros(units),
+        "scale": np.ones(units),
+        "unit": [f"u{i}" for i in range(units)],
+        "time": np.arange(bins) * 0.1,
+    }
     recording = Recording.from_arrays(values, bin_width=0.1, **like)
     model = models.LDS(dim, readout)
     model.check(recording)
@@ -194,9 +200,16 @@ class Truth:
             initial_covariance=torch.from_numpy(self.initial),
         )  # fmt: skip
         units = len(self.loading)
-        offset, noise = torch.zeros(units, dtype=torch.float64), torch.full((units,), math.sqrt(0.5), dtype=torch.float64)
+        offset, noise = (
+            torch.zeros(units, dtype=torch.float64),
+            torch.full((units,), math.sqrt(0.5), dtype=torch.float64),
+        )
         readout = readouts.AffineReadout(
-            readouts.Gaussian(), torch.zeros(self.path.shape, dtype=torch.float64), torch.from_numpy(self.loading), offset, noise
+            readouts.Gaussian(),
+            torch.zeros(self.path.shape, dtype=torch.float64),
+            torch.from_numpy(self.loading),
+            offset,
+            noise,
         )
         return path_given(prior, readout, self.recording.observations).mean.numpy()
 
@@ -237,7 +250,9 @@ def test_bands_of_the_path_cover_the_truth_of_poisson_data():
     }
     recording, truth = dyn.simulate(model, like, seed=3, values=values)
     assert 0.1 < float(recording.observations.mean()) < 0.5
-    parameters = model.unlabel({str(k): torch.from_numpy(v.values) for k, v in truth.drop_vars("path").data_vars.items()})
+    parameters = model.unlabel(
+        {str(k): torch.from_numpy(v.values) for k, v in truth.drop_vars("path").data_vars.items()}
+    )
     law = collapse(model).path_posterior(parameters, recording)
     error = (torch.from_numpy(truth["path"].values) - law.mean) / law.variance.sqrt()
     covered = float((error.abs() < 1.6449).double().mean())
@@ -250,9 +265,11 @@ def test_more_data_has_more_evidence_for_the_truth_than_for_a_distorted_one():
     truth = Truth(trials=4, bins=60, units=8)
     model = models.LDS(4, readouts.Gaussian())
     parameters = model.unlabel({
-        "dynamics": torch.from_numpy(truth.dynamics), "process_noise": torch.from_numpy(truth.noise / truth.initial[0, 0]),
+        "dynamics": torch.from_numpy(truth.dynamics),
+        "process_noise": torch.from_numpy(truth.noise / truth.initial[0, 0]),
         "loading": torch.from_numpy(truth.loading * math.sqrt(truth.initial[0, 0])),
-        "offset": torch.zeros(8, dtype=torch.float64), "noise_sd": torch.full((8,), math.sqrt(0.5), dtype=torch.float64),
+        "offset": torch.zeros(8, dtype=torch.float64),
+        "noise_sd": torch.full((8,), math.sqrt(0.5), dtype=torch.float64),
     })  # fmt: skip
     right = path_evidence(*collapse(model).factors(parameters, truth.recording), truth.recording.observations).sum()
     for wrong in (

@@ -35,7 +35,7 @@ def test_the_gauge_is_triangular_in_the_pivots_and_a_rotation_away(units, dim, p
 
 @pytest.mark.parametrize(("units", "dim", "pivots"), CASES)
 def test_density_is_the_iid_normal_one_times_the_volume_of_the_rotations(units, dim, pivots):
-    """C = L O has volume element prod_i L_ii^(d-i) dL dO, and the orthogonal group has volume 2^d pi^(d d/2) / Gamma_d(d/2)."""
+    """dC = prod_i L_ii^(d-i) dL dO for C = L O; the orthogonal group has volume 2^d pi^(d d/2) / Gamma_d(d/2)."""
     law = GaugedLoading(units, dim, pivots)
     torch.manual_seed(1)
     drawn = law.sample(torch.Size([6]))

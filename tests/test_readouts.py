@@ -131,7 +131,13 @@ def test_extreme_predictors_stay_finite(law):
         at = torch.tensor(value, dtype=torch.float64)
         found = law.log_prob(predictor, noise, at)
         (slope,) = torch.autograd.grad(found.sum(), predictor)
-        for part in (found, slope, law.score(predictor, noise, at), law.curvature(predictor, noise, at), law.mean(predictor, noise)):
+        for part in (
+            found,
+            slope,
+            law.score(predictor, noise, at),
+            law.curvature(predictor, noise, at),
+            law.mean(predictor, noise),
+        ):
             assert bool(torch.isfinite(part).all())
 
 

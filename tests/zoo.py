@@ -1,7 +1,7 @@
 """The table of the zoo: for every exported model its smallest instances, and how each engine runs on them.
 
-A new model adds rows to `MODELS`; a new engine or readout adds one to `ENGINES` or `READOUTS`. `tests/test_contract.py` runs
-every row, and fails for an exported name without one.
+A new model adds rows to `MODELS`; a new engine or readout adds one to `ENGINES` or `READOUTS`.
+`tests/test_contract.py` runs every row, and fails for an exported name without one.
 """
 
 from __future__ import annotations
@@ -171,9 +171,8 @@ def fitted(name: str, engine: str, seed: int = 0) -> xr.DataTree:
 
 def prior_draws(model: LatentModel, recording: Recording, shape: tuple[int, ...], seed: int = 0) -> dict[str, Tensor]:
     """Draws of the global sites from their priors, (*shape, 1, *event)."""
-    with random_stream(seed), double_precision(), torch.no_grad():
-        with pyro.plate("draw", int(np.prod(shape)), dim=-2):
-            trace = poutine.trace(model.sample_globals).get_trace(recording)
+    with random_stream(seed), double_precision(), torch.no_grad(), pyro.plate("draw", int(np.prod(shape)), dim=-2):
+        trace = poutine.trace(model.sample_globals).get_trace(recording)
     return {
         name: trace.nodes[name]["value"].reshape(*shape, 1, *trace.nodes[name]["value"].shape[2:])
         for name in trace.stochastic_nodes

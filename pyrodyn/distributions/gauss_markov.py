@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Generic, TypeVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 
-class _kept(Generic[Value]):  # noqa: N801 (used like property)
+class _kept(Generic[Value]):
     """A property computed once, but never kept without its graph where gradients may be asked for later."""
 
     def __init__(self, compute: Callable[[GaussMarkov], Value]) -> None:

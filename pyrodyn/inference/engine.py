@@ -20,7 +20,6 @@ from pyrodyn.inference.whitening import Whitened, whiten
 from pyrodyn.program import LatentModel, Program, globals_given
 from pyrodyn.recording import Recording
 
-
 NEAR = 1e-7  # relative gain of a step below which a start is near enough to the mode
 
 

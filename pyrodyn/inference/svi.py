@@ -166,8 +166,8 @@ class _Run:
         self.failures += 1
         if self.failures > MAX_FAILURES:
             raise NonFiniteError(
-                f"SVI: the loss or its gradient was not finite at step {self.step}, for the {self.failures}th time since "
-                f"step {int(snapshot['step'][0])}, at site {self._culprit()!r}; lower "
+                f"SVI: the loss or its gradient was not finite at step {self.step}, for the {self.failures}th time "
+                f"since step {int(snapshot['step'][0])}, at site {self._culprit()!r}; lower "
                 f"learning_rate={self.options.learning_rate}, or look at that site's prior"
             )
         failures, damping, random_state = self.failures, 0.5 * self.damping, torch.get_rng_state()
