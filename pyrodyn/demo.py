@@ -257,7 +257,7 @@ def _spikes(report: _Report, sizes: Sizes, session: Path) -> None:
         report.picture(
             "spikes_rates.png",
             plots.rates(posterior, prediction, recording=test),
-            "rates of units that were hidden, in trials that were not fitted: points near the diagonal are honest rates",
+            "rates of hidden units, in trials that were not fitted: points near the diagonal are honest rates",
         )
 
 
