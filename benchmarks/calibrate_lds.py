@@ -87,7 +87,9 @@ class System:
         zeros = torch.zeros(recording.num_trials, BINS, 4, dtype=torch.float64)
         loading, offset = torch.from_numpy(self.loading)[None], torch.from_numpy(self.offset)[None]
         readout = AffineReadout(law, zeros, loading, offset, noise, recording.mask)
-        return path_given(prior, readout, recording.observations), readout
+        observations = recording.observations
+        assert observations is not None
+        return path_given(prior, readout, observations), readout
 
 
 def rotation(angle: float) -> np.ndarray:
@@ -95,7 +97,7 @@ def rotation(angle: float) -> np.ndarray:
 
 
 def variance_explained(target: np.ndarray, source: np.ndarray) -> float:
-    """R2 of an affine map from ``source`` to ``target``, (trial, time, latent) each; it takes care of the latent's gauge."""
+    """R2 of an affine map from ``source`` to ``target``, (trial, time, latent); it takes care of the gauge."""
     y, x = target.reshape(-1, target.shape[-1]), source.reshape(-1, source.shape[-1])
     x = np.column_stack([x, np.ones(len(x))])
     rest = y - x @ np.linalg.lstsq(x, y, rcond=None)[0]
@@ -120,8 +122,8 @@ def recovery(seed: int, trials: int) -> dict[str, float]:
     system = System.simulate(seed, trials, counts=False)
     model = models.LDS(4, readout=readouts.Gaussian())
     posterior = dyn.fit(model, system.recording, inference.Laplace(draws=200), seed=seed)
-    dynamics = posterior["posterior"]["dynamics"].mean(("chain", "draw")).values
-    smoothed = posterior["latents"]["mean"].values
+    dynamics = posterior["posterior"].to_dataset()["dynamics"].mean(("chain", "draw")).values
+    smoothed = posterior["latents"].to_dataset()["mean"].values
     best = system.path_posterior(system.recording)[0].mean.numpy()
     return {
         "worst eigenvalue error": float(eigenvalue_errors(dynamics, system.dynamics).max()),
@@ -151,7 +153,7 @@ def cosmoothing(seed: int, trials: int, test_trials: int) -> dict[str, float]:
     law, readout = system.path_posterior(seen)
     spread = torch.einsum("tbij,ui,uj->tbu", law.covariance, *2 * (readout.loading[0],))
     oracle: Tensor = readout.law.marginal_mean(readout.predict(law.mean), spread, None)
-    counts = test.observations.numpy()[..., held_out]
+    counts = test.to_xarray()["observations"].values[..., held_out]
     fitted, best = (bits_per_spike(r[..., held_out], counts) for r in (rates, oracle.numpy()))
     return {"fitted": fitted, "true parameters": best, "ratio": fitted / best}
 
@@ -206,9 +208,7 @@ def main() -> int:
     )
     say()
 
-    say(
-        f"## Poisson readout, Laplace bands of the path given the true parameters, {options.band_replicates} replicates of 20 trials"
-    )
+    say(f"## Poisson readout, bands under the true parameters, {options.band_replicates} replicates of 20 trials")
     say()
     covered = np.array([band_coverage(1000 + i, 20) for i in range(options.band_replicates)])
     mean, error = covered.mean(0), covered.std(0, ddof=1) / math.sqrt(len(covered))
@@ -220,9 +220,7 @@ def main() -> int:
     bar(f"90% bands hold the true latent in 86% to 94% of all bins: {mean[-1]:.2%}", 0.86 <= mean[-1] <= 0.94)
     say()
 
-    say(
-        f"## Poisson readout, co-smoothing of {HELD_OUT} of {UNITS} units, {options.trials} trials to fit, 40 to test, bits per spike"
-    )
+    say(f"## Poisson readout, bits per spike of {HELD_OUT} held-out units, {options.trials} trials to fit, 40 to test")
     say()
     scores = []
     for seed in range(options.cosmoothing_seeds):

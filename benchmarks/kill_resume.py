@@ -29,7 +29,7 @@ ENGINES = {
     "SVI": inference.SVI(steps=400),
     "SVI, structured guide": inference.SVI(steps=200, guide=guides.Structured()),
     "Laplace": inference.Laplace(),
-    "NUTS": inference.NUTS(draws=40, warmup=40, max_tree_depth=5),
+    "NUTS": inference.NUTS(draws=30, warmup=20, max_tree_depth=4),
 }
 
 
