@@ -220,7 +220,7 @@ def predict(
 def _same_units(posterior: xr.DataTree, recording: Recording) -> None:
     fitted: Any = posterior["posterior"].coords["unit"].values
     if len(fitted) != recording.num_units or not np.array_equal(fitted.astype(str), recording.unit.astype(str)):
-        missing = sorted(set(fitted.astype(str)) - set(recording.unit.astype(str)))[:5]
+        missing = sorted(set(fitted.astype(str).tolist()) - set(recording.unit.astype(str).tolist()))[:5]
         raise RecordingError(
             f"the posterior was fitted to {len(fitted)} units and the recording has {recording.num_units}"
             + (f"; without {missing}" if missing else " in another order")

@@ -15,7 +15,7 @@ import pyrodyn as dyn
 from pyrodyn import inference, models, readouts
 from pyrodyn.scoring import bits_per_spike
 
-ENGINES = {"Laplace": inference.Laplace(draws=60), "SVI": inference.SVI(steps=30, draws=60)}
+ENGINES = {"Laplace": inference.Laplace(draws=60), "SVI": inference.SVI(steps=20, draws=60)}
 
 
 def reach(folder: Path) -> dyn.Recording:

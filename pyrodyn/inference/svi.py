@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -127,7 +128,8 @@ class _Run:
         if held is not None:
             self._restore(_part(held, "now/"))
             snapshot = _part(held, "good/")
-        with progress(self.options.steps, "SVI", self.step) as bar:
+        with warnings.catch_warnings(), progress(self.options.steps, "SVI", self.step) as bar:
+            warnings.filterwarnings("ignore", "Encountered NaN", UserWarning)  # Pyro's; such a step is taken back
             while self.step < self.options.steps:
                 if self.step >= int(snapshot["step"][0]) + SNAPSHOT:
                     self.failures = 0

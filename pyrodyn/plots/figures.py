@@ -125,9 +125,7 @@ def trace(posterior: xr.DataTree) -> Figure:
     series = {"log density": stats["lp"].values} if "lp" in stats else {}
     for name, variable in posterior["invariants"].to_dataset().data_vars.items():
         flat = variable.values.reshape(*variable.shape[:2], -1)
-        label = str(name).replace("_", " ")
-        one = flat.shape[-1] == 1
-        series |= {label if one else f"{label}, {variable.dims[2]} {i}": flat[..., i] for i in range(flat.shape[-1])}
+        series |= {f"{name} [{i}]".replace("_", " "): flat[..., i] for i in range(flat.shape[-1])}
     shown = dict(list(series.items())[:TRACES])
     figure = new_figure(7.0, 1.3 * len(shown) + 0.5)
     axes = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
@@ -248,7 +246,8 @@ def summary(posteriors: Mapping[str, xr.DataTree]) -> Figure:
     for latent in range(dim):
         row = figure.add_subplot(grid[1 + latent, 0], sharex=data)
         for colour, (name, posterior) in enumerate(posteriors.items()):
-            draw_path(row, posterior, trial, latent, colour_of(colour), name)
+            # The first is drawn wide, so that it is seen where the others cover it.
+            draw_path(row, posterior, trial, latent, colour_of(colour), name, width=0.8 if colour else 2.4)
         row.set_ylabel(f"latent {latent}")
         row.tick_params(labelbottom=latent == dim - 1)
         if latent == 0:
@@ -259,7 +258,7 @@ def summary(posteriors: Mapping[str, xr.DataTree]) -> Figure:
     draw_circle(circle)
     drawn = {}
     for colour, (name, posterior) in enumerate(posteriors.items()):
-        drawn[name] = np.abs(draw_eigenvalues(circle, posterior, colour_of(colour)))
+        drawn[name] = np.abs(draw_eigenvalues(circle, posterior, colour_of(colour), 4 if colour else 16))
     circle.set_title("eigenvalues of the dynamics")
     lowest = min(float(values.min()) for values in drawn.values())
     for colour, (name, values) in enumerate(drawn.items()):

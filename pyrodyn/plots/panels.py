@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, by falling contrast.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -21,14 +22,16 @@ QUANTILE_BINS = 12  # points in a calibration plot
 def draw_data(axes: Axes, posterior: xr.DataTree, trial: Any, named: bool) -> Any:
     """Heat map (unit, time) of one trial, units grouped by region; returns the image for its colour bar."""
     data = posterior["constant_data"].to_dataset()
-    observed = of_trial(posterior, variable_of(posterior, "observed_data", "observations"), trial)
+    every_trial = variable_of(posterior, "observed_data", "observations")
+    observed = of_trial(posterior, every_trial, trial)
     regions = data["region"].values
     names = list(dict.fromkeys(regions.tolist()))
     rank = {name: i for i, name in enumerate(names)}
     order = np.argsort([rank[name] for name in regions.tolist()], kind="stable")
     values = observed.values.T[order]
     if data.attrs["counts"]:
-        options: dict[str, Any] = {"cmap": "Greys", "vmin": 0, "vmax": max(1.0, float(np.nanquantile(values, 0.995)))}
+        # One scale for all trials of the recording.
+        options: dict[str, Any] = {"cmap": "Greys", "vmin": 0, "vmax": max(1.0, np.nanquantile(every_trial, 0.995))}
     else:
         values = (values - data["center"].values[order, None]) / data["scale"].values[order, None]
         options = {"cmap": "RdBu_r", "vmin": -3, "vmax": 3}
@@ -41,11 +44,11 @@ def draw_data(axes: Axes, posterior: xr.DataTree, trial: Any, named: bool) -> An
     if len(names) < len(order):
         for end in ends[:-1]:
             axes.axhline(end, color="black", linewidth=0.5)
+    axes.tick_params(axis="y", length=0)
     if named:
         axes.set_ylabel("unit, by region" if len(names) <= LABEL_LIMIT else f"unit ({len(names)} regions)")
         if len(names) <= LABEL_LIMIT:
             axes.set_yticks(ends - 0.5 * sizes, names, fontsize=min(8.0, 160.0 / len(names)))
-            axes.tick_params(axis="y", length=0)
     return image
 
 
@@ -53,7 +56,8 @@ def draw_colour_bar(axes: Axes, image: Any, posterior: xr.DataTree) -> None:
     """Beside the axes and not out of their width, so that the times of axes below stay in line."""
     counts = posterior["constant_data"].attrs["counts"]
     place = axes.inset_axes((1.01, 0.0, 0.02, 1.0))
-    axes.figure.colorbar(image, cax=place, label="events per bin" if counts else "sd from the mean")
+    ticks = MaxNLocator(integer=True) if counts else None
+    axes.figure.colorbar(image, cax=place, ticks=ticks, label="events per bin" if counts else "sd from the mean")
 
 
 def draw_paths(axes: Axes, posterior: xr.DataTree, trial: Any) -> None:
@@ -61,14 +65,16 @@ def draw_paths(axes: Axes, posterior: xr.DataTree, trial: Any) -> None:
         draw_path(axes, posterior, trial, latent, colour_of(latent), str(latent))
 
 
-def draw_path(axes: Axes, posterior: xr.DataTree, trial: Any, latent: int, colour: str, label: str) -> None:
+def draw_path(
+    axes: Axes, posterior: xr.DataTree, trial: Any, latent: int, colour: str, label: str, width: float = 1.0
+) -> None:
     """Mean and 90% band of one latent at the middles of the bins."""
     mean, sd = (
         of_trial(posterior, variable_of(posterior, "latents", name), trial).isel(latent=latent)
         for name in ("mean", "sd")
     )
     times = mean["time"].values + 0.5 * posterior["constant_data"].attrs["bin_width"]
-    axes.plot(times, mean.values, color=colour, linewidth=1.0, label=label)
+    axes.plot(times, mean.values, color=colour, linewidth=width, label=label)
     lower, upper = mean.values - BAND * sd.values, mean.values + BAND * sd.values
     axes.fill_between(times, lower, upper, color=colour, alpha=0.2, linewidth=0)
 
@@ -82,13 +88,13 @@ def draw_circle(axes: Axes) -> None:
     axes.set(xlabel="real part", ylabel="imaginary part", xticks=(-1, 0, 1), yticks=(-1, 0, 1))
 
 
-def draw_eigenvalues(axes: Axes, posterior: xr.DataTree, colour: str) -> np.ndarray:
+def draw_eigenvalues(axes: Axes, posterior: xr.DataTree, colour: str, size: float = 6.0) -> np.ndarray:
     """Scatter the eigenvalues of every draw; returns them, (chain x draw, latent)."""
     dynamics = variable_of(posterior, "posterior", "dynamics").values
     values = np.linalg.eigvals(dynamics).reshape(dynamics.shape[0] * dynamics.shape[1], -1)
     alpha = float(np.clip(60.0 / len(values), 0.06, 0.6))
     flat = values.ravel()
-    axes.scatter(flat.real, flat.imag, s=6, color=colour, alpha=alpha, linewidths=0, rasterized=True)
+    axes.scatter(flat.real, flat.imag, s=size, color=colour, alpha=alpha, linewidths=0, rasterized=True)
     return values
 
 
