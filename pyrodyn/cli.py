@@ -43,6 +43,8 @@ class OneLineErrors(TyperGroup):
         try:
             code = super().main(*args, standalone_mode=False, **extra)
         except Exception as error:
+            if not (hasattr(error, "format_message") or isinstance(error, typer.Abort)):
+                raise  # only with --debug: see `invoke`
             code = _report(error)
         if standalone_mode:
             sys.exit(code)

@@ -37,6 +37,7 @@ class Sizes:
     svi: SVI
     nuts: NUTS
     regions: tuple[str, ...]
+    scans: int
     units: int
     trials: int
     new_trials: int
@@ -46,8 +47,10 @@ class Sizes:
 # The default-mode network, left and right: posterior cingulate, precuneus, angular and middle temporal gyrus. All 28
 # regions under NUTS would take longer than the three minutes on two laptop cores that these sizes are chosen for.
 NETWORK = tuple("LPCC RPCC LPrec RPrec LAng RAng LMTG RMTG".split())
-FULL = Sizes(SVI(), NUTS(draws=150, warmup=100, chains=2, max_tree_depth=6), NETWORK, 40, 40, 20, SVI(steps=300))
-QUICK = Sizes(SVI(steps=20, draws=30), NUTS(draws=5, warmup=5, chains=2), NETWORK[:4], 5, 4, 3, SVI(steps=5, draws=10))
+FULL = Sizes(SVI(), NUTS(draws=150, warmup=100, chains=2, max_tree_depth=6), NETWORK, 250, 40, 40, 20, SVI(steps=300))
+QUICK = Sizes(
+    SVI(steps=20, draws=30), NUTS(draws=5, warmup=5, chains=2), NETWORK[:4], 25, 4, 3, 3, SVI(steps=5, draws=10)
+)
 
 
 def run(folder: Path, *, quick: bool = False, say: Callable[[str], None] = print) -> list[Path]:
@@ -199,7 +202,7 @@ class _Report:
 
 
 def _bold(report: _Report, sizes: Sizes) -> None:
-    recording = bold_recording(sizes.regions)
+    recording = bold_recording(sizes.regions).isel(time=slice(sizes.scans))
     report.say(
         f"Resting fMRI: {recording.num_bins} scans, one every {BOLD_INTERVAL} s; {recording.num_units} of the 28 "
         "regions (the default-mode network), so that NUTS ends soon\n  model = LDS(latent_dim=2, readout=Gaussian())"
