@@ -6,13 +6,16 @@ A model is a generative program, an engine reads it, a labelled posterior comes 
     posterior = fit(models.LDS(latent_dim=3), recording, inference.SVI(), seed=0)
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from pyrodyn import guides, inference, models, readers, readouts
-from pyrodyn.fitting import fit, predict, simulate
-from pyrodyn.posterior import FitWarning, model_of, recording_of, to_inferencedata
-from pyrodyn.recording import Recording
-from pyrodyn.storage import load, save
+if TYPE_CHECKING:
+    from pyrodyn import guides, inference, models, readers, readouts
+    from pyrodyn.fitting import fit, predict, simulate
+    from pyrodyn.posterior import FitWarning, model_of, recording_of, to_inferencedata
+    from pyrodyn.recording import Recording
+    from pyrodyn.storage import load, save
 
 __version__ = version("pyrodyn")
 
@@ -33,3 +36,24 @@ __all__ = [
     "simulate",
     "to_inferencedata",
 ]
+
+# Imported at first use: torch takes seconds, and `pyrodyn --help` needs none of it.
+_HOMES = {
+    "Recording": "recording",
+    **dict.fromkeys(("FitWarning", "model_of", "recording_of", "to_inferencedata"), "posterior"),
+    **dict.fromkeys(("fit", "predict", "simulate"), "fitting"),
+    **dict.fromkeys(("load", "save"), "storage"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'pyrodyn' has no attribute {name!r}")
+    home = import_module(f"pyrodyn.{_HOMES.get(name, name)}")
+    value = getattr(home, name) if name in _HOMES else home
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

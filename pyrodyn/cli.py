@@ -33,6 +33,7 @@ class ReadoutName(StrEnum):
 class EngineName(StrEnum):
     SVI = "svi"
     LAPLACE = "laplace"
+    HMC = "hmc"
     NUTS = "nuts"
 
 
@@ -107,9 +108,9 @@ def fit(
     readout: Annotated[ReadoutName | None, typer.Option(help="Poisson for counts, Gaussian otherwise.")] = None,
     engine: Annotated[EngineName, typer.Option(help="How the posterior is found.")] = EngineName.SVI,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of svi.")] = None,
-    draws: Annotated[int | None, typer.Option(min=1, help="Draws, for nuts in each chain.")] = None,
-    warmup: Annotated[int | None, typer.Option(min=1, help="Warm-up draws of each chain of nuts.")] = None,
-    chains: Annotated[int | None, typer.Option(min=1, help="Chains of nuts.")] = None,
+    draws: Annotated[int | None, typer.Option(min=1, help="Draws, for hmc and nuts in each chain.")] = None,
+    warmup: Annotated[int | None, typer.Option(min=1, help="Warm-up draws of each chain of hmc and nuts.")] = None,
+    chains: Annotated[int | None, typer.Option(min=1, help="Chains of hmc and nuts.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     output: Annotated[Path, typer.Option(help="The posterior, a netCDF file.")] = Path("fit.nc"),
     checkpoint: Annotated[Path | None, typer.Option(help="File from which a killed run resumes.")] = None,
@@ -209,7 +210,12 @@ def _engine(name: EngineName, options: dict[str, int]) -> Any:
 
     from pyrodyn import inference
 
-    kind = {EngineName.SVI: inference.SVI, EngineName.LAPLACE: inference.Laplace, EngineName.NUTS: inference.NUTS}[name]
+    kind = {
+        EngineName.SVI: inference.SVI,
+        EngineName.LAPLACE: inference.Laplace,
+        EngineName.HMC: inference.HMC,
+        EngineName.NUTS: inference.NUTS,
+    }[name]
     foreign = sorted(options.keys() - {field.name for field in fields(kind)})
     if foreign:
         raise typer.BadParameter(f"--engine {name} takes no {', '.join(f'--{option}' for option in foreign)}")

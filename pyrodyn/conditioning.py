@@ -64,10 +64,10 @@ def gaussian_evidence(prior: GaussMarkov, readout: AffineReadout, observations: 
     if readout.observed is not None:
         seen, observations = readout.observed.to(seen.dtype), torch.where(readout.observed, observations, 0.0)
     count = seen.sum(-2)
-    middle = observations.sum((0, 1)) / seen.sum((0, 1)).clamp(min=1.0)
+    middle = observations.sum((-3, -2), keepdim=True) / seen.sum((-3, -2), keepdim=True).clamp(min=1.0)
     centred = (observations - middle) * seen
     total, square = centred.sum(-2), centred.square().sum(-2)  # (trial, unit)
-    offset = readout.offset.squeeze(-2) - middle
+    offset = readout.offset.squeeze(-2) - middle.squeeze(-2)
     sd = readout.noise.squeeze(-2)
     misfit = square - 2.0 * total * offset + count * offset.square()
     at_zero = -0.5 * (misfit / sd.square()).sum(-1) - (count * (sd.log() + 0.5 * math.log(2.0 * math.pi))).sum(-1)

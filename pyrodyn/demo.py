@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 import pyrodyn as dyn
 from pyrodyn import plots
-from pyrodyn.inference import NUTS, SVI
+from pyrodyn.inference import HMC, SVI
 from pyrodyn.models import LDS
 from pyrodyn.readouts import Gaussian, Poisson
 from pyrodyn.scoring import bits_per_spike_over_trials
@@ -35,8 +35,8 @@ class Sizes:
     """How much of the data is used, and how long the engines run."""
 
     svi: SVI
-    nuts: NUTS
-    regions: tuple[str, ...]
+    hmc: HMC
+    regions: tuple[str, ...] | None
     scans: int
     units: int
     trials: int
@@ -44,13 +44,11 @@ class Sizes:
     spikes_svi: SVI
 
 
-# The default-mode network, left and right: posterior cingulate, precuneus, angular and middle temporal gyrus. All 28
-# regions under NUTS would take longer than the three minutes on two laptop cores that these sizes are chosen for.
-NETWORK = tuple("LPCC RPCC LPrec RPrec LAng RAng LMTG RMTG".split())
-FULL = Sizes(SVI(), NUTS(draws=150, warmup=100, chains=2, max_tree_depth=6), NETWORK, 250, 40, 40, 20, SVI(steps=300))
+FULL = Sizes(SVI(), HMC(), None, 250, 40, 40, 20, SVI(steps=300))
 QUICK = Sizes(
-    SVI(steps=20, draws=30), NUTS(draws=5, warmup=5, chains=2), NETWORK[:4], 25, 4, 3, 3, SVI(steps=5, draws=10)
-)
+    SVI(steps=20, draws=30), HMC(draws=5, warmup=5, chains=8), ("LPCC", "RPCC", "LPrec", "RPrec"), 25, 4, 3, 3,
+    SVI(steps=5, draws=10),
+)  # fmt: skip
 
 
 def run(folder: Path, *, quick: bool = False, say: Callable[[str], None] = print) -> list[Path]:
@@ -204,11 +202,11 @@ class _Report:
 def _bold(report: _Report, sizes: Sizes) -> None:
     recording = bold_recording(sizes.regions).isel(time=slice(sizes.scans))
     report.say(
-        f"Resting fMRI: {recording.num_bins} scans, one every {BOLD_INTERVAL} s; {recording.num_units} of the 28 "
-        "regions (the default-mode network), so that NUTS ends soon\n  model = LDS(latent_dim=2, readout=Gaussian())"
+        f"Resting fMRI: {recording.num_bins} scans, one every {BOLD_INTERVAL} s; {recording.num_units} regions\n"
+        "  model = LDS(latent_dim=2, readout=Gaussian())"
     )
     model = LDS(latent_dim=2, readout=Gaussian())
-    engines = {"SVI": sizes.svi, "NUTS": sizes.nuts}
+    engines = {"SVI": sizes.svi, "HMC": sizes.hmc}
     posteriors = {}
     for name, engine in engines.items():
         with report.step(f"dyn.fit(model, recording, {_call(engine)})"):
@@ -224,26 +222,26 @@ def _bold(report: _Report, sizes: Sizes) -> None:
         report.picture(
             "demo.png",
             plots.summary(posteriors),
-            "left, the regions' signals and the two latents that they share, NUTS drawn over SVI: the same paths; "
+            "left, the regions' signals and the two latents that they share, HMC drawn over SVI: the same paths; "
             "right, the eigenvalues, on the real axis or close to it: decays over seconds without a clear rhythm",
         )
         report.picture(
-            "bold_latents.png", plots.latents(posteriors["NUTS"]), "the latents beside the data, with 90% bands"
+            "bold_latents.png", plots.latents(posteriors["HMC"]), "the latents beside the data, with 90% bands"
         )
         report.picture(
             "bold_eigenvalues.png",
-            plots.eigenvalues(posteriors["NUTS"]),
+            plots.eigenvalues(posteriors["HMC"]),
             "every draw's eigenvalues lie inside the unit circle: the dynamics are stable",
         )
         report.picture(
             "bold_svi_loss.png", plots.trace(posteriors["SVI"]), "the loss levels off: more steps would change little"
         )
         report.picture(
-            "bold_nuts_trace.png", plots.trace(posteriors["NUTS"]), "chains that have mixed lie over each other"
+            "bold_hmc_trace.png", plots.trace(posteriors["HMC"]), "chains that have mixed lie over each other"
         )
         report.picture(
             "bold_signals.png",
-            plots.rates(posteriors["NUTS"]),
+            plots.rates(posteriors["HMC"]),
             "points on the diagonal: predictions are right on average",
         )
 
@@ -274,7 +272,7 @@ def _spikes(report: _Report, sizes: Sizes, session: Path) -> None:
         )
 
 
-def _call(engine: SVI | NUTS) -> str:
+def _call(engine: SVI | HMC) -> str:
     """The engine as one would type it: only the options that are not the default."""
     values = {field.name: getattr(engine, field.name) for field in fields(engine)}
     given = {field.name: values[field.name] for field in fields(engine) if values[field.name] != field.default}

@@ -86,11 +86,12 @@ def fit(
     if not isinstance(base, LatentModel):
         raise ModelError(f"model must be one of pyrodyn.models, such as models.LDS(latent_dim=3), got {model!r}")
     engine = SVI() if engine is None else engine
+    described = _described(base)
     base.check(recording)
     store = None
     if checkpoint is not None:
         fingerprint = {
-            "model": specification(base),
+            "model": described,
             "engine": specification(engine),
             "seed": seed,
             "recording": recording.digest(),
@@ -101,6 +102,19 @@ def fit(
     draws = engine.run(model, recording, seed=seed, checkpoint=store)
     seconds = time.perf_counter() - began
     return to_datatree(model, recording, engine, draws, seed=seed, seconds=seconds)
+
+
+def _described(model: LatentModel) -> Any:
+    """The model's specification; an hour's fit must not end in finding that its posterior cannot be labelled."""
+    try:
+        described = specification(model)
+        json.dumps(described)
+    except TypeError as error:
+        raise ModelError(
+            f"{type(model).__name__} must be a frozen dataclass with options of plain values (numbers, strings, tuples, "
+            f"other dataclasses), so that its posterior can say what was fitted; {error}"
+        ) from error
+    return described
 
 
 def simulate(

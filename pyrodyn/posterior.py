@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import warnings
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
-import arviz_stats
 import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
 
 from pyrodyn import models, readouts
+from pyrodyn.diagnostics import diagnose
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.errors import ModelError
 from pyrodyn.inference import LogDensity, collapse, collapses
@@ -77,9 +76,8 @@ def to_datatree(
     data = recording.to_xarray()
     groups["observed_data"] = data[["observations"]].drop_attrs()
     groups["constant_data"] = data.drop_vars("observations")
-    diagnostics, complaints = diagnose(groups["invariants"], groups["sample_stats"])
-    complaints = [*draws.warnings, *complaints]
-    for complaint in complaints:
+    found = diagnose(groups["invariants"], groups["sample_stats"], draws.notes.get("superchains"))
+    for complaint in (*draws.warnings, *found.complaints):
         warnings.warn(complaint, FitWarning, stacklevel=4)
     tree = xr.DataTree.from_dict(groups)
     tree.attrs = {
@@ -91,8 +89,8 @@ def to_datatree(
         "log_likelihood_estimator": estimator,
         "wall_time_seconds": float(seconds),
         "notes": json.dumps(draws.notes),
-        "diagnostics": json.dumps(diagnostics),
-        "warnings": json.dumps(complaints),
+        "diagnostics": json.dumps(found.values),
+        "warnings": json.dumps([*draws.warnings, *found.complaints, *found.remarks]),
         "versions": json.dumps({"python": platform.python_version()} | {p: version(p) for p in _PACKAGES}),
     }
     return tree
@@ -161,31 +159,6 @@ def coordinates(recording: Recording, labelled: Labelled) -> dict[str, Any]:
     if "unit" in found:
         found["region"] = known["region"]
     return found
-
-
-def diagnose(invariants: xr.Dataset, stats: xr.Dataset) -> tuple[dict[str, float], list[str]]:
-    """R-hat and effective sample size of the invariants for chains; k-hat of the weights p / q for an approximation."""
-    found: dict[str, float] = {}
-    complaints: list[str] = []
-    draws = invariants.sizes["draw"]
-    if "log_q" in stats:
-        if "lp" in stats and draws >= 25:
-            # Drawn independently from q: Pareto's shape of p / q tells whether reweighting would mend q.
-            with np.errstate(all="ignore"):  # weights that underflow leave no tail to fit
-                _, shape = (stats["log_q"] - stats["lp"]).azstats.psislw(dim=["chain", "draw"])
-            if math.isfinite(float(shape)):
-                found["k_hat"] = float(shape)
-        return found, complaints
-    if draws >= 4:
-        with np.errstate(all="ignore"):
-            rhat = arviz_stats.rhat(invariants)
-            ess = arviz_stats.ess(invariants)
-        found["max_r_hat"] = max(float(rhat[name].max()) for name in rhat.data_vars)
-        found["min_bulk_ess"] = min(float(ess[name].min()) for name in ess.data_vars)
-        worst = found["max_r_hat"]
-        if math.isfinite(worst) and worst > 1.05:
-            complaints.append(f"R-hat of the invariants reaches {worst:.2f}: raise warmup and draws")
-    return {name: value for name, value in found.items() if math.isfinite(value)}, complaints
 
 
 def _scores(model: LatentModel, recording: Recording, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "alignment",
         "guides",
         "models inference",
+        "diagnostics",
         "posterior",
         "fitting",
         "scoring comparison coupling decoding geometry",

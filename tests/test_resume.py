@@ -29,6 +29,8 @@ ENGINES = {
         steps=8, draws=20, particles=1, guide=guides.Structured(globals=guides.MeanField())
     ),
     "Laplace": inference.Laplace(draws=20, max_steps=20),
+    "HMC": inference.HMC(draws=4, warmup=20, chains=4, superchains=2),
+    "HMC-path": inference.HMC(draws=2, warmup=5, chains=4, superchains=2, collapse=False, dense_mass=False),
     "NUTS": inference.NUTS(draws=3, warmup=22, chains=2, max_tree_depth=2),
     "NUTS-diagonal": inference.NUTS(draws=2, warmup=5, chains=1, max_tree_depth=2, dense_mass=False),
     "NUTS-path": inference.NUTS(draws=3, warmup=3, chains=2, max_tree_depth=2, collapse=False),
@@ -38,6 +40,9 @@ KILLS = {
     "SVI": (1, 50, 59),
     "SVI-structured": (5,),
     "Laplace": (1, 2),
+    # Before, at and after a new mass matrix, at the end of the warm-up, among the draws.
+    "HMC": (1, 7, 8, 9, 19, 20, 21, 23),
+    "HMC-path": (2, 6),
     # In the adaptation of the step, at the end of a window of the mass matrix and inside it, at the end of the warm-up,
     # among the draws, between the chains, and in the second chain.
     "NUTS": (1, 9, 20, 21, 22, 23, 25, 26, 49),

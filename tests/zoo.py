@@ -137,7 +137,9 @@ ENGINES: dict[str, Engine] = {
     "SVI": inference.SVI(steps=4, draws=30, particles=2),
     "SVI-structured": inference.SVI(steps=4, draws=30, particles=2, guide=guides.Structured()),
     "SVI-path": inference.SVI(steps=4, draws=30, particles=2, guide=guides.LowRank(rank=3), collapse=False),
-    "Laplace": inference.Laplace(draws=30, max_steps=20),
+    "Laplace": inference.Laplace(draws=30, max_steps=200),
+    "HMC": inference.HMC(draws=4, warmup=6, chains=4, superchains=2),
+    "HMC-path": inference.HMC(draws=4, warmup=6, chains=4, superchains=2, collapse=False),
     "NUTS": inference.NUTS(draws=4, warmup=3, chains=2, max_tree_depth=2),
     "NUTS-path": inference.NUTS(draws=4, warmup=3, chains=1, max_tree_depth=2, collapse=False),
 }

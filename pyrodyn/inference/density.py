@@ -105,3 +105,18 @@ class LogDensity:
             torch.where(bad, -torch.inf, value.detach()),
             torch.where(bad.unsqueeze(-1), 0.0, slope),
         )
+
+    def culprit(self, vector: Tensor) -> str:
+        """The first site of the program that is not finite at ``vector``."""
+        with torch.no_grad(), pyro.validation_enabled(False):
+            trace = poutine.trace(poutine.condition(self.program, data=self.constrain(vector))).get_trace(self.recording)
+            trace.compute_log_prob()
+        nodes: Any = trace.nodes
+        for name, site in nodes.items():
+            if is_random(site) and not (_finite(site["value"]) and _finite(site["log_prob"])):
+                return name
+        return "none, but the gradient is not finite"
+
+
+def _finite(values: Tensor) -> bool:
+    return bool(torch.isfinite(values).all())

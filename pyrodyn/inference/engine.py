@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyro
@@ -59,6 +59,15 @@ class Engine(Protocol):
     def run(
         self, program: Program, recording: Recording, *, seed: int, checkpoint: StateStore | None = None
     ) -> Draws: ...
+
+
+@runtime_checkable
+class ReplicatingEngine(Protocol):
+    """An engine that takes replicates of an experiment as one batch."""
+
+    def replicate(self, density: LogDensity, start: Tensor) -> Tensor:
+        """Unconstrained draws (replicate, draw, dimension), from starts (replicate, dimension)."""
+        ...
 
 
 def starting_values(program: Program, recording: Recording, max_steps: int, label: str) -> dict[str, Tensor]:

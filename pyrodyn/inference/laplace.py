@@ -54,7 +54,7 @@ class Laplace:
             density = LogDensity(treated, recording)
             if "mode" not in state:
                 mode, converged = ascend(density, vector_of(values, density), self.max_steps, "Laplace: mode")
-                state = {"mode": mode.numpy(), "converged": np.array(converged)}
+                state = {"mode": mode.numpy(), "converged": np.array(bool(converged))}
                 if checkpoint:
                     checkpoint.write(state)
             mode, converged = torch.from_numpy(state["mode"]), bool(state["converged"])
@@ -64,11 +64,20 @@ class Laplace:
                     checkpoint.write(state)
             return self._draw(density, mode, torch.from_numpy(state["hessian"]), converged, treatment)
 
+    def replicate(self, density: LogDensity, start: Tensor) -> Tensor:
+        """Draws (replicate, draw, dimension) about the modes nearest to ``start`` (replicate, dimension).
+
+        The observations of ``density`` are (replicate, 1, trial, time, unit).
+        """
+        mode, _ = ascend(density, start.unsqueeze(1), self.max_steps, "Laplace: mode")
+        root, _ = covariance_root(negative_hessian(density, mode, "Laplace: curvature"), FLOOR)
+        return mode + torch.randn(len(start), self.draws, start.shape[-1]) @ root.mT
+
     def _draw(self, density: LogDensity, mode: Tensor, hessian: Tensor, converged: bool, treatment: str) -> Draws:
         warnings = [] if converged else [f"Laplace: the mode was not reached in max_steps={self.max_steps} steps"]
         root, flat = covariance_root(hessian, FLOOR)
-        if flat:
-            warnings.append(f"Laplace: {flat} of {len(mode)} directions have no curvature at the mode; given sd 100")
+        if int(flat):
+            warnings.append(f"Laplace: {int(flat)} of {len(mode)} directions have no curvature at the mode; given sd 100")
         log_volume = float(root.diagonal().log().sum()) + 0.5 * len(mode) * math.log(2.0 * math.pi)
         noise = torch.randn(self.draws, len(mode))
         vectors = mode + noise @ root.mT

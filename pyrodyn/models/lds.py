@@ -168,16 +168,21 @@ class LDS(StateSpaceModel):
             modulus, angle = eigenvalues.abs(), eigenvalues.angle().abs()
             order = modulus.argsort(dim=-1, descending=True)
             signal = parameters.loading.square().sum(-1).sqrt()
-            lagged = ((parameters.loading @ parameters.dynamics) * parameters.loading).sum(-1)
+            ahead, behind = parameters.loading @ parameters.dynamics, parameters.loading @ parameters.dynamics.mT
+            lagged = (ahead * parameters.loading).sum(-1)
+            turned = ((ahead - behind) * parameters.loading.roll(-1, -2)).sum(-1)
         found = {
             "eigenvalue_modulus": (("latent",), modulus.gather(-1, order)),
             "eigenvalue_angle": (("latent",), angle.gather(-1, order)),
             "signal_sd": (("unit",), signal),
             "lag_one_covariance": (("unit",), lagged),
+            "lag_one_asymmetry": (("unit",), turned),  # later here and earlier in the next unit, less the other way round
             "offset": (("unit",), parameters.offset),
         }
         if self.readout.noise_name is not None:
             found[self.readout.noise_name] = (("unit",), parameters.noise)
+        if parameters.input_gain is not None:
+            found["input_effect"] = (("unit", "input"), parameters.loading @ parameters.input_gain)
         return found
 
     def transformed(self, parameters: LDSParameters, recording: Recording, seed: int) -> LDSParameters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -117,7 +118,8 @@ def trace(posterior: xr.DataTree) -> Figure:
     """The course of the fit: the loss over steps, or the draws of each chain.
 
     With a loss in ``sample_stats`` (SVI), one panel: the loss, and its running mean over 25 steps. Otherwise, a panel
-    for ``lp`` and for each of the first invariants, one line a chain; chains that have mixed lie over each other.
+    for ``lp`` and for each of the first invariants, one line a chain; chains that have mixed lie over each other. Chains
+    that started at one point, a superchain, have one colour.
     """
     stats = posterior["sample_stats"].to_dataset()
     if "loss" in stats:
@@ -129,9 +131,13 @@ def trace(posterior: xr.DataTree) -> Figure:
     shown = dict(list(series.items())[:TRACES])
     figure = new_figure(7.0, 1.3 * len(shown) + 0.5)
     axes = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
+    chains = posterior["posterior"].sizes["chain"]
+    groups = json.loads(posterior.attrs["notes"]).get("superchains", chains)
+    opacity = 0.85 if chains <= LEGEND_LIMIT else 0.4
     for place, (label, values) in zip(axes, shown.items(), strict=True):
         for chain, line in enumerate(values):
-            place.plot(line, color=colour_of(chain), linewidth=0.7, alpha=0.85, label=f"chain {chain}")
+            colour = colour_of(chain * groups // chains)
+            place.plot(line, color=colour, linewidth=0.7, alpha=opacity, label=f"chain {chain}")
         place.set_title(label)
     if 1 < len(next(iter(shown.values()))) <= LEGEND_LIMIT:
         axes[0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
