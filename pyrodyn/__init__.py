@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyrodyn import guides, inference, models, readers, readouts
+    from pyrodyn.calibration import calibrate
     from pyrodyn.fitting import fit, predict, simulate
     from pyrodyn.posterior import FitWarning, model_of, recording_of, to_inferencedata
     from pyrodyn.recording import Recording
@@ -22,6 +23,7 @@ __version__ = version("pyrodyn")
 __all__ = [
     "FitWarning",
     "Recording",
+    "calibrate",
     "fit",
     "guides",
     "inference",
@@ -40,6 +42,7 @@ __all__ = [
 # Imported at first use: torch takes seconds, and `pyrodyn --help` needs none of it.
 _HOMES = {
     "Recording": "recording",
+    "calibrate": "calibration",
     **dict.fromkeys(("FitWarning", "model_of", "recording_of", "to_inferencedata"), "posterior"),
     **dict.fromkeys(("fit", "predict", "simulate"), "fitting"),
     **dict.fromkeys(("load", "save"), "storage"),

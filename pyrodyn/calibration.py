@@ -1,7 +1,8 @@
 r"""Simulation-based calibration: are the posteriors of an engine right on average over the prior?
 
-In every replicate parameters :math:`\theta` are drawn from the prior and observations from :math:`\theta`. If simulator,
-density, gauge, Jacobians and engine agree, the place of a true quantity among its posterior draws is uniform on (0, 1).
+In every replicate parameters :math:`\theta` are drawn from the prior and observations from :math:`\theta`. If
+simulator, density, gauge, Jacobians and engine agree, the place of a true quantity among its posterior draws is uniform
+on (0, 1).
 
 References
 ----------
@@ -78,8 +79,11 @@ def calibrate(
     with double_precision(), torch.no_grad():
         with random_stream(seed), pyro.plate("replicate", replicates, dim=-2):
             trace = poutine.trace(model).get_trace(blank)
-        sites = {name: site["value"] for name, site in trace.nodes.items() if is_random(site)}
-        observations = sites.pop("observations").unsqueeze(1)  # (replicate, 1, trial, time, unit)
+        sites: dict[str, Any] = {name: site["value"] for name, site in trace.nodes.items() if is_random(site)}
+        observations = sites.pop("observations")
+        if like.mask is not None:
+            observations = torch.where(like.mask, observations, 0.0)  # hidden entries are 0, as in a recording
+        observations = observations.unsqueeze(1)  # (replicate, 1, trial, time, unit)
         sites.pop("latent", None)
         if isinstance(engine, ReplicatingEngine):
             places = _batched(model, blank, engine, program, sites, observations, seed)
@@ -134,14 +138,13 @@ def _batched(
         for first in range(0, len(observations), block):
             chosen = slice(first, first + block)
             seen = observations[chosen]
-            fitted: Any = poutine.condition(program, data={"observations": seen})
-            density = LogDensity(fitted, blank)
+            density = LogDensity(program, blank, seen)
             truth = {name: value[chosen] for name, value in sites.items()}
             vectors = engine.replicate(density, density.unconstrain(truth))
             size = max(1, BATCH_NUMBERS // (len(seen) * seen[0].numel()))
-            drawn = [_quantities(model, fitted, density.constrain(part), blank) for part in vectors.split(size, 1)]
+            drawn = [_quantities(model, density, density.constrain(part)) for part in vectors.split(size, 1)]
             values = {name: np.concatenate([part[name] for part in drawn], 1) for name in drawn[0]}
-            true = _quantities(model, fitted, {name: value.unsqueeze(1) for name, value in truth.items()}, blank)
+            true = _quantities(model, density, {name: value.unsqueeze(1) for name, value in truth.items()})
             parts.append(_places(values, true, seed + first))
             bar.update(len(seen))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -160,28 +163,26 @@ def _one_by_one(
     with progress(len(observations), "calibration") as bar:
         for i, seen in enumerate(observations):
             recording = like.with_observations(seen[0])
-            samples = engine.run(model, recording, seed=ENGINE_STREAM + seed + i).samples
+            with torch.enable_grad():
+                samples = engine.run(model, recording, seed=ENGINE_STREAM + seed + i).samples
             with torch.no_grad():
                 drawn = {name: value.flatten(0, 1)[None].unsqueeze(2) for name, value in samples.items()}
-                fitted: Any = poutine.condition(collapse(model), data={"observations": seen})
-                values = _quantities(model, fitted, drawn, recording)
-                # The truth by its parameters, since the gauge of its sites may be another than this recording's.
-                blank = like.blank()
-                true = _quantities(model, fitted, {n: v[i : i + 1].unsqueeze(1) for n, v in sites.items()}, blank)
+                values = _quantities(model, LogDensity(collapse(model), recording, seen[None]), drawn)
+                # The sites of the truth are in the gauge of a blank recording.
+                density = LogDensity(collapse(model), like.blank(), seen[None])
+                true = _quantities(model, density, {n: v[i : i + 1].unsqueeze(1) for n, v in sites.items()})
             parts.append(_places(values, true, seed + i))
             bar.update()
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _quantities(
-    model: LatentModel, fitted: Program, values: dict[str, Tensor], recording: Recording
-) -> dict[str, np.ndarray]:
+def _quantities(model: LatentModel, density: LogDensity, values: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """Scalars (replicate, draw) by name, from sites (replicate, draw, 1, *event)."""
     found = {}
-    for name, (dims, value) in model.invariants(globals_given(model, values, recording)).items():
+    for name, (dims, value) in model.invariants(globals_given(model, values, density.recording)).items():
         flat = value.reshape(*value.shape[:2], -1)
         found |= {f"{name}[{i}]" if dims else name: flat[..., i].numpy() for i in range(flat.shape[-1])}
-    found["log_likelihood"] = log_terms(fitted, values, recording)[1].sum(-1).numpy()
+    found["log_likelihood"] = log_terms(density.program, values, density.recording)[1].sum(-1).numpy()
     return found
 
 

@@ -13,9 +13,11 @@ does not.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.linalg import log_normaliser
@@ -60,18 +62,39 @@ def gaussian_evidence(prior: GaussMarkov, readout: AffineReadout, observations: 
     """Exact log p(y | parameters) of every trial; units enter only through their weighted sums."""
     posterior = prior.condition(*gaussian_potential(readout, observations))
     # Log density of the observations at a path of zeros, from sums over bins: no (draw, trial, time, unit) tensor.
-    seen = torch.ones_like(observations)
-    if readout.observed is not None:
-        seen, observations = readout.observed.to(seen.dtype), torch.where(readout.observed, observations, 0.0)
-    count = seen.sum(-2)
-    middle = observations.sum((-3, -2), keepdim=True) / seen.sum((-3, -2), keepdim=True).clamp(min=1.0)
-    centred = (observations - middle) * seen
-    total, square = centred.sum(-2), centred.square().sum(-2)  # (trial, unit)
+    count, middle, total, square = _moments(observations, readout.observed)
     offset = readout.offset.squeeze(-2) - middle.squeeze(-2)
     sd = readout.noise.squeeze(-2)
     misfit = square - 2.0 * total * offset + count * offset.square()
     at_zero = -0.5 * (misfit / sd.square()).sum(-1) - (count * (sd.log() + 0.5 * math.log(2.0 * math.pi))).sum(-1)
     return at_zero + posterior.log_normaliser - prior.log_normaliser
+
+
+class _Moments(NamedTuple):
+    """Sums over the observed bins of a trial, (*batch, trial, unit), about the middle (*batch, 1, 1, unit)."""
+
+    count: Tensor
+    middle: Tensor
+    total: Tensor
+    square: Tensor
+
+
+_KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # observations -> (version, mask, moments)
+
+
+def _moments(observations: Tensor, observed: Tensor | None) -> _Moments:
+    """Moments of the observations: parameters do not enter, so they are computed once for a recording."""
+    known = _KNOWN.get(observations)
+    if known is not None and known[0] == observations._version and known[1] is observed:
+        return known[2]
+    seen = torch.ones_like(observations) if observed is None else observed.to(observations.dtype)
+    values = observations if observed is None else torch.where(observed, observations, 0.0)
+    middle = values.sum((-3, -2), keepdim=True) / seen.sum((-3, -2), keepdim=True).clamp(min=1.0)
+    centred = (values - middle) * seen
+    found = _Moments(seen.sum(-2), middle, centred.sum(-2), centred.square().sum(-2))
+    if not observations.requires_grad:
+        _KNOWN[observations] = (observations._version, observed, found)
+    return found
 
 
 def linearised_potential(readout: AffineReadout, point: Tensor, observations: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,10 @@ def diagnose(invariants: xr.Dataset, stats: xr.Dataset, superchains: int | None 
     if superchains is not None and superchains > 1:
         name, function = "max_nested_r_hat", lambda draws: nested_rhat(draws, superchains)
     with np.errstate(all="ignore"):
-        found = {name: _extreme(function(invariants), np.nanmax), "min_bulk_ess": _extreme(arviz_stats.ess(invariants), np.nanmin)}
+        found = {
+            name: _extreme(function(invariants), np.nanmax),
+            "min_bulk_ess": _extreme(arviz_stats.ess(invariants), np.nanmin),
+        }
     values = {key: value for key, value in found.items() if math.isfinite(value)}
     worst = values.get(name, 1.0)
     if worst <= LARGEST_R_HAT:

@@ -111,8 +111,8 @@ def _described(model: LatentModel) -> Any:
         json.dumps(described)
     except TypeError as error:
         raise ModelError(
-            f"{type(model).__name__} must be a frozen dataclass with options of plain values (numbers, strings, tuples, "
-            f"other dataclasses), so that its posterior can say what was fitted; {error}"
+            f"{type(model).__name__} must be a frozen dataclass whose options are plain values (numbers, strings, "
+            f"tuples, other dataclasses), so that its posterior can say what was fitted; {error}"
         ) from error
     return described
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -326,8 +327,13 @@ class AffineReadout(TorchDistribution):
         self.law, self.path, self.loading, self.observed = law, path, loading, observed
         self.offset = offset.unsqueeze(-2)
         self.noise: Any = None if noise is None else noise.unsqueeze(-2)
-        self.predictor = self.predict(path)
-        super().__init__(self.predictor.shape[:-2], self.predictor.shape[-2:], validate_args=False)
+        batch = torch.broadcast_shapes(path.shape[:-2], loading.shape[:-2], offset.shape[:-1])
+        super().__init__(batch, torch.Size((path.shape[-2], loading.shape[-2])), validate_args=False)
+
+    @cached_property
+    def predictor(self) -> Tensor:
+        """The predictor (*batch, time, unit) of the path; nothing is computed before it is asked for."""
+        return self.predict(self.path)
 
     def predict(self, path: Tensor) -> Tensor:
         """The predictor (*batch, time, unit) of another path."""

@@ -8,6 +8,7 @@ and structured guides are additions, and their cost is one call of the chain ker
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -17,7 +18,15 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyrodyn.linalg.chain import ChainFactor, as_columns, factorise, from_columns, log_normaliser
+from pyrodyn.linalg.chain import (
+    ChainFactor,
+    as_columns,
+    factorise,
+    from_columns,
+    log_normaliser,
+    spread_blocks,
+    steady_log_normaliser,
+)
 from pyrodyn.linalg.matrix import cholesky
 
 if TYPE_CHECKING:
@@ -42,6 +51,9 @@ class _kept(Generic[Value]):
         if torch.is_grad_enabled() or not instance._has_graph():
             instance.__dict__[self.name] = value
         return value
+
+
+_HELD = ("diagonal", "upper", "_steady")
 
 
 class GaussMarkov(TorchDistribution):
@@ -82,10 +94,22 @@ class GaussMarkov(TorchDistribution):
             raise ValueError(
                 f"linear must be (*batch, time, latent) = (..., {time}, {latent}), got {tuple(linear.shape)}"
             )
-        self.diagonal, self.upper, self.linear = diagonal, upper, linear
-        self._known_normaliser = normaliser
-        batch = torch.broadcast_shapes(diagonal.shape[:-3], upper.shape[:-3], linear.shape[:-2])
-        super().__init__(batch, torch.Size((time, latent)), validate_args=False)
+        self.__dict__ |= {"diagonal": diagonal, "upper": upper}
+        self._steady: tuple[Tensor, Tensor] | None = None
+        self._describe(linear, normaliser, torch.broadcast_shapes(diagonal.shape[:-3], upper.shape[:-3]))
+
+    def _describe(self, linear: Tensor, normaliser: Tensor | None, batch: torch.Size) -> None:
+        self.linear, self._known_normaliser = linear, normaliser
+        batch = torch.broadcast_shapes(batch, linear.shape[:-2])
+        super().__init__(batch, linear.shape[-2:], validate_args=False)
+
+    @classmethod
+    def _of_blocks(cls, blocks: Tensor, upper: Tensor, linear: Tensor, normaliser: Tensor | None = None) -> GaussMarkov:
+        """A chain that is the same in every bin but the first and the last; see `steady_log_normaliser`."""
+        chain = cls.__new__(cls)
+        chain._steady = blocks, upper
+        chain._describe(linear, normaliser, torch.broadcast_shapes(blocks.shape[:-3], upper.shape[:-3]))
+        return chain
 
     @classmethod
     def from_dynamics(
@@ -125,23 +149,18 @@ class GaussMarkov(TorchDistribution):
         ahead = pushed @ dynamics
         noise_precision = noise_precision.expand(*batch, dim, dim)
 
-        def repeat(block: Tensor, times: int) -> Tensor:
-            return block.expand(*batch, dim, dim).unsqueeze(-3).expand(*batch, times, dim, dim)
+        def block(matrix: Tensor) -> Tensor:
+            return matrix.expand(*batch, dim, dim).unsqueeze(-3)
 
         later = num_bins - 1
-        diagonal = repeat(initial_precision, 1)
-        if later:
-            diagonal = torch.cat(
-                [repeat(initial_precision + ahead, 1), repeat(noise_precision + ahead, later - 1),
-                 repeat(noise_precision, 1)], -3,
-            )  # fmt: skip
-        upper = repeat(-pushed, later)
+        first = block(initial_precision + ahead) if later else block(initial_precision)
+        blocks = torch.cat([first, block(noise_precision + ahead), block(noise_precision)], -3)
         normaliser = (
             0.5 * num_bins * dim * math.log(2.0 * math.pi)
             + _log_diagonal(initial_root)
             + later * _log_diagonal(noise_root)
         )
-        linear = diagonal.new_zeros(num_bins, dim)
+        linear = blocks.new_zeros(num_bins, dim)
         if drift is not None:
             pulled = (noise_precision.unsqueeze(-3) @ drift.unsqueeze(-1)).squeeze(-1)
             normaliser = normaliser + 0.5 * (pulled * drift).sum((-2, -1))
@@ -153,16 +172,31 @@ class GaussMarkov(TorchDistribution):
             normaliser = normaliser + 0.5 * (first * initial_mean).sum(-1)
             rest = first.new_zeros(*first.shape[:-1], later, dim)
             linear = linear + torch.cat([first.unsqueeze(-2), rest], -2)
-        return cls(diagonal, upper, linear, normaliser=normaliser)
+        return cls._of_blocks(blocks, block(-pushed), linear, normaliser)
 
     def _has_graph(self) -> bool:
-        return self.diagonal.requires_grad or self.upper.requires_grad or self.linear.requires_grad
+        held = (self.linear, *(self._steady or (self.diagonal, self.upper)))
+        return any(part.requires_grad for part in held)
+
+    @_kept
+    def diagonal(self) -> Tensor:
+        """Blocks of the precision (*batch, time, latent, latent)."""
+        assert self._steady is not None  # or it would stand in __dict__
+        return spread_blocks(*self._steady, self.event_shape[0])[0]
+
+    @_kept
+    def upper(self) -> Tensor:
+        """Blocks above the diagonal (*batch, time - 1, latent, latent)."""
+        assert self._steady is not None
+        return spread_blocks(*self._steady, self.event_shape[0])[1]
 
     @_kept
     def log_normaliser(self) -> Tensor:
         r""":math:`\log Z`, shape (*batch)."""
         if self._known_normaliser is not None:
             return self._known_normaliser.expand(self.batch_shape)
+        if self._steady is not None:
+            return steady_log_normaliser(*self._steady, self.linear).expand(self.batch_shape)
         return log_normaliser(self.diagonal, self.upper, self.linear).expand(self.batch_shape)
 
     @_kept
@@ -262,15 +296,17 @@ class GaussMarkov(TorchDistribution):
         if mask is not None:
             precision = torch.where(mask[..., None, None], precision, 0.0)
             linear = torch.where(mask[..., None], linear, 0.0)
+        if self._steady is not None and precision.shape[-3] == 1:
+            blocks, upper = self._steady
+            return GaussMarkov._of_blocks(blocks + precision, upper, self.linear + linear)
         return GaussMarkov(self.diagonal + precision, self.upper, self.linear + linear)
 
     def expand(self, batch_shape, _instance=None) -> GaussMarkov:
         batch_shape = torch.Size(batch_shape)
         # Only the linear part is expanded: the precision goes on being shared.
-        known = self._known_normaliser
-        expanded = GaussMarkov(
-            self.diagonal, self.upper, self.linear.expand(batch_shape + self.event_shape), normaliser=known
-        )
+        expanded = copy.copy(self)
+        expanded.__dict__ = {name: value for name, value in self.__dict__.items() if name in _HELD}
+        expanded._describe(self.linear.expand(batch_shape + self.event_shape), self._known_normaliser, self.batch_shape)
         if "_factor" in self.__dict__ and self.linear.dim() == expanded.linear.dim():
             expanded.__dict__["_factor"] = self._factor
         return expanded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -33,16 +34,22 @@ class LogDensity:
     ----------
     program : Program
     recording : Recording
+    observations : Tensor, (replicate, 1, trial, time, unit), optional
+        Replicates of an experiment, in place of the recording's observations: each has a density of its own, and their
+        vectors are (replicate, draw, dimension).
 
     Notes
     -----
     ``density(vector)`` takes (*draw, dimension) and returns (*draw): any number of draws is one trace of the program.
     """
 
-    def __init__(self, program: Program, recording: Recording) -> None:
-        self.program, self.recording = program, recording
+    def __init__(self, program: Program, recording: Recording, observations: Tensor | None = None) -> None:
+        self._plain, self.observations, self.recording = program, observations, recording
+        self.program: Any = program
+        if observations is not None:
+            self.program = poutine.condition(program, data={"observations": observations})
         with torch.random.fork_rng(devices=()), torch.no_grad():
-            trace = poutine.trace(program).get_trace(recording)
+            trace = poutine.trace(self.program).get_trace(recording)
         sites, parts, start = [], [], 0
         for name, node in trace.nodes.items():
             if not is_random(node) or node["is_observed"]:
@@ -58,6 +65,15 @@ class LogDensity:
         self.sites = tuple(sites)
         self.dimension = start
         self.prototype = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)  # one draw from the prior
+
+    def among(self, replicates: Tensor) -> LogDensity:
+        """The density of some of the replicates, by their positions."""
+        if self.observations is None:
+            return self
+        chosen = copy.copy(self)
+        chosen.observations = self.observations[replicates]
+        chosen.program = poutine.condition(self._plain, data={"observations": chosen.observations})
+        return chosen
 
     def constrain(self, vector: Tensor) -> dict[str, Tensor]:
         """Site values (*draw, 1, *event) or (*draw, trial, *event) of an unconstrained vector (*draw, dimension)."""
@@ -109,7 +125,9 @@ class LogDensity:
     def culprit(self, vector: Tensor) -> str:
         """The first site of the program that is not finite at ``vector``."""
         with torch.no_grad(), pyro.validation_enabled(False):
-            trace = poutine.trace(poutine.condition(self.program, data=self.constrain(vector))).get_trace(self.recording)
+            trace = poutine.trace(poutine.condition(self.program, data=self.constrain(vector))).get_trace(
+                self.recording
+            )
             trace.compute_log_prob()
         nodes: Any = trace.nodes
         for name, site in nodes.items():

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ MAX_STEPS = 256  # leapfrog steps in a trajectory
 RATE = 0.05  # of Adam on the log trajectory length
 SHRINKAGE = 5.0  # weight of the mass matrix so far, in draws beside one for each dimension
 
-Gradient = Callable[[Tensor], tuple[Tensor, Tensor]]
+Gradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Ensemble:
@@ -37,8 +38,8 @@ class Ensemble:
     Parameters
     ----------
     gradient : callable
-        From positions (group, chain, dimension) to log densities (group, chain) and their gradients; where it fails,
-        minus infinity and zeros.
+        From positions (some group, chain, dimension), and which groups these are, to log densities (some group, chain)
+        and their gradients; where it fails, minus infinity and zeros.
     position : Tensor, (group, chain, dimension)
     root : Tensor, (group, dimension, dimension) or (group, dimension)
         Lower triangular L, or the diagonal of one: a first guess at a root of the posterior covariance.
@@ -60,7 +61,7 @@ class Ensemble:
         groups, _, dimension = position.shape
         self.gradient, self.warmup, self.target = gradient, warmup, target_acceptance
         self.position, self.root = position, root
-        self.value, self.slope = gradient(position)
+        self.value, self.slope = gradient(position, torch.arange(groups))
         none = position.new_zeros(groups)
         self.count = 0  # transitions so far
         self.log_step = self.log_step_mean = none + math.log(0.6 * dimension**-0.25)
@@ -83,14 +84,15 @@ class Ensemble:
         step = self.step_size
         steps = (share * self.length / step).ceil().clamp(1, MAX_STEPS)  # (group)
         momentum = torch.randn_like(self.position)
-        place, value, slope = self.position, self.value, self.slope
+        place, value, slope = self.position.clone(), self.value.clone(), self.slope.clone()
         kicked = momentum + (0.5 * step)[:, None, None] * self._pull(slope)
         total = int(steps.max())
         for done in range(1, total + 1):
-            place = place + torch.where(done <= steps, step, 0.0)[:, None, None] * self._push(kicked)
-            value, slope = self.gradient(place)
-            kick = torch.where(done < steps, step, torch.where(done == steps, 0.5 * step, 0.0))
-            kicked = kicked + kick[:, None, None] * self._pull(slope)
+            live = (steps >= done).nonzero().squeeze(-1)  # groups whose trajectory has not ended
+            place[live] += step[live, None, None] * self._push(kicked[live], live)
+            value[live], slope[live] = self.gradient(place[live], live)
+            kick = torch.where(steps[live] == done, 0.5, 1.0) * step[live]
+            kicked[live] += kick[:, None, None] * self._pull(slope[live], live)
         change = (value - 0.5 * kicked.square().sum(-1)) - (self.value - 0.5 * momentum.square().sum(-1))
         change = torch.where(torch.isfinite(change), change, -torch.inf)
         acceptance = change.clamp(max=0.0).exp()
@@ -117,13 +119,15 @@ class Ensemble:
         for name in self._TENSORS:
             setattr(self, name, torch.from_numpy(np.array(state[name])))
 
-    def _push(self, momentum: Tensor) -> Tensor:
+    def _push(self, momentum: Tensor, groups: Any = slice(None)) -> Tensor:
         """L p: from the coordinates z to positions."""
-        return momentum @ self.root.mT if self.root.dim() == 3 else momentum * self.root.unsqueeze(1)
+        root = self.root[groups]
+        return momentum @ root.mT if root.dim() == 3 else momentum * root.unsqueeze(1)
 
-    def _pull(self, slope: Tensor) -> Tensor:
+    def _pull(self, slope: Tensor, groups: Any = slice(None)) -> Tensor:
         """L' g: gradients in the coordinates z."""
-        return slope @ self.root if self.root.dim() == 3 else slope * self.root.unsqueeze(1)
+        root = self.root[groups]
+        return slope @ root if root.dim() == 3 else slope * root.unsqueeze(1)
 
     def _whiten(self, difference: Tensor) -> Tensor:
         """L^-1 d: differences of positions in the coordinates z."""

@@ -112,7 +112,7 @@ class HMC:
         )
 
     def replicate(self, density: LogDensity, start: Tensor) -> Tensor:
-        """Draws (replicate, chain x draw, dimension) from as many posteriors as ``start`` (replicate, dimension) has rows.
+        """Draws (replicate, chain x draw, dimension) from many posteriors, from starts (replicate, dimension).
 
         The observations of ``density`` are (replicate, 1, trial, time, unit). Replicates share calls of the density and
         nothing else: each has its own mode, step size, trajectory length and mass matrix.
@@ -146,12 +146,13 @@ class HMC:
         groups, dimension = start.shape
         noise = spread * torch.randn(groups, self.superchains, dimension)
         noise = noise @ root.mT if root.dim() == 3 else noise * root.unsqueeze(1)
+        position, fine = start.unsqueeze(1) + noise, torch.tensor(False)
         for _ in range(20):
-            position = start.unsqueeze(1) + noise
             fine = torch.isfinite(density.gradient(position)[0])
             if bool(fine.all()):
                 return position.repeat_interleave(self.chains // self.superchains, 1)
             noise = torch.where(fine.unsqueeze(-1), noise, 0.5 * noise)
+            position = start.unsqueeze(1) + noise
         raise NonFiniteError(
             "HMC: the log density is not finite anywhere near the initial values (step 0), at site "
             f"{density.culprit(position[~fine][0])!r}; check the recording with model.check(recording) and the scale "
@@ -166,8 +167,12 @@ class Run:
 
     def __init__(self, options: HMC, density: LogDensity, position: Tensor, root: Tensor) -> None:
         self.options = options
+
+        def gradient(place: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+            return density.among(groups).gradient(place)
+
         self.ensemble = Ensemble(
-            density.gradient, position, root, warmup=options.warmup, target_acceptance=options.target_acceptance
+            gradient, position, root, warmup=options.warmup, target_acceptance=options.target_acceptance
         )
         groups, chains, dimension = position.shape
         self.gradients = 0

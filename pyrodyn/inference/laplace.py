@@ -77,7 +77,9 @@ class Laplace:
         warnings = [] if converged else [f"Laplace: the mode was not reached in max_steps={self.max_steps} steps"]
         root, flat = covariance_root(hessian, FLOOR)
         if int(flat):
-            warnings.append(f"Laplace: {int(flat)} of {len(mode)} directions have no curvature at the mode; given sd 100")
+            warnings.append(
+                f"Laplace: {int(flat)} of {len(mode)} directions have no curvature at the mode; given sd 100"
+            )
         log_volume = float(root.diagonal().log().sum()) + 0.5 * len(mode) * math.log(2.0 * math.pi)
         noise = torch.randn(self.draws, len(mode))
         vectors = mode + noise @ root.mT

@@ -31,13 +31,13 @@ UNROLLED = 16  # compile for the very latent dimension up to here: beyond, unrol
 _OPTIONS = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "arcp", "nsz"}}
 
 
-def _inlined(function: Callable) -> Callable:
+def inlined(function: Callable) -> Callable:
     from numba import njit
 
     return njit(forceinline=True, **_OPTIONS)(function)
 
 
-def _kernel(layouts: str) -> Callable[[Callable], Callable[..., None]]:
+def kernel(layouts: str) -> Callable[[Callable], Callable[..., None]]:
     """Compile a function of arrays when first called with a latent dimension.
 
     ``layouts`` names the layout of each array. The last argument is a tuple as long as the latent dimension: its length
@@ -55,6 +55,7 @@ def _kernel(layouts: str) -> Callable[[Callable], Callable[..., None]]:
                 "rows": types.Array(types.float64, 2, "C"),
                 "vector": types.Array(types.float64, 1, "C"),
                 "index": types.Array(types.int64, 1, "C"),
+                "stack": types.Array(types.float64, 3, "C"),
             }
             signature = (*(layout[name] for name in layouts.split()), types.UniTuple(types.int64, length))
             try:
@@ -78,56 +79,57 @@ def _kernel(layouts: str) -> Callable[[Callable], Callable[..., None]]:
 # The steps of one bin. The diagonal of `root` holds reciprocals; what stands above it is never read.
 
 
-@_inlined
-def _factor_step(diagonal, own, upper, above, root, link, work, b, t, dim):
-    """Write R_t and W_t; return log |R_t|."""
+@inlined
+def factor_step(diagonal, own, at, upper, above, ahead, root, link, work, b, s, dim):
+    """Write R and W of slot s from the diagonal block ``at`` and the upper block ``ahead``, none behind the last bin;
+    return log |R|."""
     for i in range(dim):
         for j in range(i + 1):
-            work[i, j] = diagonal[own, t, i, j]
-    if t > 0:
+            work[i, j] = diagonal[own, at, i, j]
+    if s > 0:
         for k in range(dim):
             for i in range(dim):
-                weight = link[b, t - 1, k, i]
+                weight = link[b, s - 1, k, i]
                 for j in range(i + 1):
-                    work[i, j] -= weight * link[b, t - 1, k, j]
+                    work[i, j] -= weight * link[b, s - 1, k, j]
     log_det = 0.0
     for j in range(dim):
         pivot = work[j, j]
         for k in range(j):
-            pivot -= root[b, t, j, k] * root[b, t, j, k]
+            pivot -= root[b, s, j, k] * root[b, s, j, k]
         log_det += 0.5 * math.log(pivot) if pivot > 0.0 else np.nan
         inverse = 1.0 / math.sqrt(pivot) if pivot > 0.0 else np.nan
-        root[b, t, j, j] = inverse
+        root[b, s, j, j] = inverse
         for i in range(j + 1, dim):
             entry = work[i, j]
             for k in range(j):
-                entry -= root[b, t, i, k] * root[b, t, j, k]
-            root[b, t, i, j] = entry * inverse
-    if t < diagonal.shape[1] - 1:
+                entry -= root[b, s, i, k] * root[b, s, j, k]
+            root[b, s, i, j] = entry * inverse
+    if ahead >= 0:
         for i in range(dim):
             for j in range(dim):
-                link[b, t, i, j] = upper[above, t, i, j]
+                link[b, s, i, j] = upper[above, ahead, i, j]
             for k in range(i):
-                weight = root[b, t, i, k]
+                weight = root[b, s, i, k]
                 for j in range(dim):
-                    link[b, t, i, j] -= weight * link[b, t, k, j]
+                    link[b, s, i, j] -= weight * link[b, s, k, j]
             for j in range(dim):
-                link[b, t, i, j] *= root[b, t, i, i]
+                link[b, s, i, j] *= root[b, s, i, i]
     return log_det
 
 
-@_inlined
-def _forward_step(root, link, columns, white, b, t, dim):
-    """White columns of bin t: R_t^-1 (columns_t - W_t-1' white_t-1)."""
+@inlined
+def forward_step(root, link, columns, white, b, t, s, p, dim):
+    """White columns of bin t: R_s^-1 (columns_t - W_p' white_t-1), with p the slot of bin t - 1."""
     if white.shape[3] == 1:
         for i in range(dim):
             total = columns[b, t, i, 0]
             if t > 0:
                 for k in range(dim):
-                    total -= link[b, t - 1, k, i] * white[b, t - 1, k, 0]
+                    total -= link[b, p, k, i] * white[b, t - 1, k, 0]
             for k in range(i):
-                total -= root[b, t, i, k] * white[b, t, k, 0]
-            white[b, t, i, 0] = total * root[b, t, i, i]
+                total -= root[b, s, i, k] * white[b, t, k, 0]
+            white[b, t, i, 0] = total * root[b, s, i, i]
         return
     size = root.shape[3]  # unrolled, these loops are no faster and slow to compile
     for i in range(size):
@@ -135,30 +137,30 @@ def _forward_step(root, link, columns, white, b, t, dim):
             white[b, t, i, n] = columns[b, t, i, n]
         if t > 0:
             for k in range(size):
-                weight = link[b, t - 1, k, i]
+                weight = link[b, p, k, i]
                 for n in range(white.shape[3]):
                     white[b, t, i, n] -= weight * white[b, t - 1, k, n]
         for k in range(i):
-            weight = root[b, t, i, k]
+            weight = root[b, s, i, k]
             for n in range(white.shape[3]):
                 white[b, t, i, n] -= weight * white[b, t, k, n]
         for n in range(white.shape[3]):
-            white[b, t, i, n] *= root[b, t, i, i]
+            white[b, t, i, n] *= root[b, s, i, i]
 
 
-@_inlined
-def _backward_step(root, link, white, states, b, t, dim):
-    """States of bin t from those of the next: R_t^-T (white_t - W_t x_t+1). ``white`` may be ``states`` itself."""
-    last = t == root.shape[1] - 1
+@inlined
+def backward_step(root, link, white, states, b, t, s, dim):
+    """States of bin t from those of the next: R_s^-T (white_t - W_s x_t+1). ``white`` may be ``states`` itself."""
+    last = t == white.shape[1] - 1
     if white.shape[3] == 1:
         for i in range(dim - 1, -1, -1):
             total = white[b, t, i, 0]
             if not last:
                 for k in range(dim):
-                    total -= link[b, t, i, k] * states[b, t + 1, k, 0]
+                    total -= link[b, s, i, k] * states[b, t + 1, k, 0]
             for k in range(i + 1, dim):
-                total -= root[b, t, k, i] * states[b, t, k, 0]
-            states[b, t, i, 0] = total * root[b, t, i, i]
+                total -= root[b, s, k, i] * states[b, t, k, 0]
+            states[b, t, i, 0] = total * root[b, s, i, i]
         return
     size = root.shape[3]  # unrolled, these loops are no faster and slow to compile
     for i in range(size - 1, -1, -1):
@@ -166,62 +168,63 @@ def _backward_step(root, link, white, states, b, t, dim):
             states[b, t, i, n] = white[b, t, i, n]
         if not last:
             for k in range(size):
-                weight = link[b, t, i, k]
+                weight = link[b, s, i, k]
                 for n in range(white.shape[3]):
                     states[b, t, i, n] -= weight * states[b, t + 1, k, n]
         for k in range(i + 1, size):
-            weight = root[b, t, k, i]
+            weight = root[b, s, k, i]
             for n in range(white.shape[3]):
                 states[b, t, i, n] -= weight * states[b, t, k, n]
         for n in range(white.shape[3]):
-            states[b, t, i, n] *= root[b, t, i, i]
+            states[b, t, i, n] *= root[b, s, i, i]
 
 
-@_inlined
-def _inverse_step(root, link, covariance, cross, work, b, t, dim):
-    """Cov(x_t) = R_t^-T R_t^-1 + G Cov(x_t+1) G' and Cov(x_t, x_t+1) = -G Cov(x_t+1), with G = R_t^-T W_t."""
-    for i in range(dim):  # work[0] = R_t^-1
+@inlined
+def inverse_step(root, link, covariance, cross, work, b, s, e, t, n, dim):
+    """Cov(x_t) = R_s^-T R_s^-1 + G Cov(x_n) G' and Cov(x_t, x_n) = -G Cov(x_n), with G = R_s^-T W_s and n the next bin;
+    n < 0 behind the last. Covariances are those of element e."""
+    for i in range(dim):  # work[0] = R_s^-1
         for j in range(i + 1):
             work[0, i, j] = 0.0
         for k in range(i):
-            weight = root[b, t, i, k]
+            weight = root[b, s, i, k]
             for j in range(k + 1):
                 work[0, i, j] -= weight * work[0, k, j]
         for j in range(i):
-            work[0, i, j] *= root[b, t, i, i]
-        work[0, i, i] = root[b, t, i, i]
+            work[0, i, j] *= root[b, s, i, i]
+        work[0, i, i] = root[b, s, i, i]
     for i in range(dim):
         for j in range(i + 1):
-            covariance[b, t, i, j] = 0.0
+            covariance[e, t, i, j] = 0.0
     for k in range(dim):
         for i in range(k + 1):
             weight = work[0, k, i]
             for j in range(i + 1):
-                covariance[b, t, i, j] += weight * work[0, k, j]
-    if t < root.shape[1] - 1:
+                covariance[e, t, i, j] += weight * work[0, k, j]
+    if n >= 0:
         for i in range(dim):
             for j in range(dim):
                 work[1, i, j] = 0.0
-                cross[b, t, i, j] = 0.0
+                cross[e, t, i, j] = 0.0
             for k in range(i, dim):
                 weight = work[0, k, i]
                 for j in range(dim):
-                    work[1, i, j] += weight * link[b, t, k, j]
+                    work[1, i, j] += weight * link[b, s, k, j]
             for k in range(dim):
                 weight = work[1, i, k]
                 for j in range(dim):
-                    cross[b, t, i, j] -= weight * covariance[b, t + 1, k, j]
+                    cross[e, t, i, j] -= weight * covariance[e, n, k, j]
             for j in range(i + 1):
                 total = 0.0
                 for k in range(dim):
-                    total += cross[b, t, i, k] * work[1, j, k]
-                covariance[b, t, i, j] -= total
+                    total += cross[e, t, i, k] * work[1, j, k]
+                covariance[e, t, i, j] -= total
     for i in range(dim):
         for j in range(i):
-            covariance[b, t, j, i] = covariance[b, t, i, j]
+            covariance[e, t, j, i] = covariance[e, t, i, j]
 
 
-@_inlined
+@inlined
 def _cross_moment_step(means, cross, grad, share, row, b, t, dim):
     """Turn Cov(x_t, x_t+1) into minus its moment weighted by ``grad``, of which ``share`` is the sum."""
     if grad.shape[1] == 1:
@@ -240,7 +243,7 @@ def _cross_moment_step(means, cross, grad, share, row, b, t, dim):
             cross[b, t, i, j] = -total
 
 
-@_inlined
+@inlined
 def _own_moment_step(means, covariance, grad, share, row, b, t, dim):
     """Turn Cov(x_t) into minus half its weighted moment, and means into weighted means."""
     if grad.shape[1] == 1:
@@ -267,37 +270,39 @@ def _own_moment_step(means, covariance, grad, share, row, b, t, dim):
 # The kernels. `own` and `above` say which of the distinct precisions a batch element has.
 
 
-@_kernel("strided index strided index blocks blocks vector")
+@kernel("strided index strided index blocks blocks vector")
 def factor(diagonal, own, upper, above, root, link, log_det, known):
     dim = len(known) or root.shape[3]
     work = np.empty((dim, dim))
     for b in range(root.shape[0]):
         total = 0.0
         for t in range(root.shape[1]):
-            total += _factor_step(diagonal, own[b], upper, above[b], root, link, work, b, t, dim)
+            ahead = t if t < root.shape[1] - 1 else -1
+            total += factor_step(diagonal, own[b], t, upper, above[b], ahead, root, link, work, b, t, dim)
         log_det[b] = 2.0 * total
 
 
-@_kernel("blocks blocks strided blocks")
+@kernel("blocks blocks strided blocks")
 def solve(root, link, columns, states, known):
     dim = len(known) or root.shape[3]
     for b in range(root.shape[0]):
         for t in range(root.shape[1]):
-            _forward_step(root, link, columns, states, b, t, dim)
+            forward_step(root, link, columns, states, b, t, t, t - 1, dim)
         for t in range(root.shape[1] - 1, -1, -1):
-            _backward_step(root, link, states, states, b, t, dim)
+            backward_step(root, link, states, states, b, t, t, dim)
 
 
-@_kernel("blocks blocks blocks blocks")
+@kernel("blocks blocks blocks blocks")
 def marginals(root, link, covariance, cross, known):
     dim = len(known) or root.shape[3]
     work = np.empty((2, dim, dim))
     for b in range(root.shape[0]):
         for t in range(root.shape[1] - 1, -1, -1):
-            _inverse_step(root, link, covariance, cross, work, b, t, dim)
+            after = t + 1 if t < root.shape[1] - 1 else -1
+            inverse_step(root, link, covariance, cross, work, b, t, b, t, after, dim)
 
 
-@_kernel("strided index strided index strided blocks blocks blocks rows")
+@kernel("strided index strided index strided blocks blocks blocks rows")
 def evaluate(diagonal, own, upper, above, columns, root, link, white, value, known):
     """Factor, forward substitution and log normaliser in one sweep, while a block is in the cache."""
     dim = len(known) or root.shape[3]
@@ -306,8 +311,9 @@ def evaluate(diagonal, own, upper, above, columns, root, link, white, value, kno
         log_det = 0.0
         value[b, :] = 0.0
         for t in range(root.shape[1]):
-            log_det += _factor_step(diagonal, own[b], upper, above[b], root, link, work, b, t, dim)
-            _forward_step(root, link, columns, white, b, t, dim)
+            ahead = t if t < root.shape[1] - 1 else -1
+            log_det += factor_step(diagonal, own[b], t, upper, above[b], ahead, root, link, work, b, t, dim)
+            forward_step(root, link, columns, white, b, t, t, t - 1, dim)
             for i in range(dim):
                 for n in range(white.shape[3]):
                     value[b, n] += white[b, t, i, n] * white[b, t, i, n]
@@ -316,7 +322,7 @@ def evaluate(diagonal, own, upper, above, columns, root, link, white, value, kno
             value[b, n] = 0.5 * value[b, n] + constant
 
 
-@_kernel("blocks blocks blocks rows blocks blocks blocks")
+@kernel("blocks blocks blocks rows blocks blocks blocks")
 def differentiate(root, link, white, grad, covariance, cross, means, known):
     """The smoother, and in its place what ``grad`` makes of it, one bin behind: the bin before still needs a bin."""
     dim = len(known) or root.shape[3]
@@ -328,8 +334,9 @@ def differentiate(root, link, white, grad, covariance, cross, means, known):
             share += grad[b, n]
         for t in range(last, -2, -1):
             if t >= 0:
-                _backward_step(root, link, white, means, b, t, dim)
-                _inverse_step(root, link, covariance, cross, work, b, t, dim)
+                backward_step(root, link, white, means, b, t, t, dim)
+                after = t + 1 if t < last else -1
+                inverse_step(root, link, covariance, cross, work, b, t, b, t, after, dim)
                 if t < last:
                     _cross_moment_step(means, cross, grad, share, row, b, t, dim)
             if t < last:

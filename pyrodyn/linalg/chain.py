@@ -240,6 +240,43 @@ def log_normaliser(diagonal: Tensor, upper: Tensor, linear: Tensor) -> Tensor:
     return from_columns(kernel.apply(diagonal, upper, columns), layout)
 
 
+def steady_log_normaliser(blocks: Tensor, upper: Tensor, linear: Tensor) -> Tensor:
+    """`log_normaliser` of a precision that does not change with time but at its ends.
+
+    Where compiled kernels apply, blocks of the factor and of the inverse are computed until they come to rest, to
+    rounding, and no longer.
+
+    Parameters
+    ----------
+    blocks : Tensor, (*batch, 3, latent, latent)
+        Diagonal blocks: of the first bin, of those between, of the last.
+    upper : Tensor, (*batch, 1, latent, latent)
+        The block above the diagonal.
+    linear : Tensor, (*batch, time, latent)
+        The linear potential.
+
+    Returns
+    -------
+    Tensor, (*batch)
+    """
+    time = linear.shape[-2]
+    compiled = _compiled_for(blocks, upper, linear) if time >= 2 else None
+    if compiled is None:
+        return log_normaliser(*spread_blocks(blocks, upper, time), linear)
+    blocks, upper, columns, layout = as_columns(blocks, upper, linear)
+    return from_columns(compiled.SteadyLogNormaliser.apply(blocks, upper, columns), layout)
+
+
+def spread_blocks(blocks: Tensor, upper: Tensor, time: int) -> tuple[Tensor, Tensor]:
+    """Diagonal (*batch, time, latent, latent) and upper blocks of a steady precision; of one bin, the first block."""
+    if time == 1:
+        return blocks[..., :1, :, :], upper[..., :0, :, :]
+    first, middle, last = blocks.unbind(-3)
+    between = middle.unsqueeze(-3).expand(*middle.shape[:-2], time - 2, *middle.shape[-2:])
+    diagonal = torch.cat([first.unsqueeze(-3), between, last.unsqueeze(-3)], -3)
+    return diagonal, upper.expand(*upper.shape[:-3], time - 1, *upper.shape[-2:])
+
+
 class ColumnLayout(NamedTuple):
     """How batch dimensions were moved to columns, so that they can be moved back."""
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyrodyn.linalg import _kernels
+from pyrodyn.linalg import _kernels, _steady
 
 
 def _distinct(blocks: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -132,3 +132,43 @@ class LogNormaliser(torch.autograd.Function):
         gradients = [np.empty(part.shape) for part in (root, link, white)]
         _kernels.differentiate(root.shape[-1], root, link, white, rows, *gradients)
         return tuple(torch.from_numpy(part).reshape(ctx.batch + part.shape[1:]) for part in gradients)
+
+
+class SteadyLogNormaliser(torch.autograd.Function):
+    """`LogNormaliser` of chains that are the same in every bin between the first and the last."""
+
+    @staticmethod
+    def forward(ctx, blocks: Tensor, upper: Tensor, columns: Tensor) -> Tensor:
+        batch, latent = blocks.shape[:-3], blocks.shape[-1]
+        time = columns.shape[-3]
+        if upper.shape != (*batch, 1, latent, latent) or blocks.shape[-3] != 3 or time < 2:
+            raise ValueError(
+                "blocks and upper must be (*batch, 3, latent, latent) and (*batch, 1, latent, latent) with two bins or "
+                f"more, got {tuple(blocks.shape)}, {tuple(upper.shape)} and {time} bins"
+            )
+        count = batch.numel()
+        root, link = np.empty((count, time, latent, latent)), np.empty((count, time - 1, latent, latent))
+        flat, used = _flat(columns, batch, root), np.empty(count, np.int64)
+        white, value = np.empty(flat.shape), np.empty((count, flat.shape[-1]))
+        own, above = (_contiguous(part, count) for part in (blocks, upper))
+        _steady.evaluate(latent, own, above, flat, root, link, white, value, used)
+        most = int(used.max(initial=0))
+        # Copies, so that the room for slots that were not used is given back.
+        ctx.arrays = root[:, :most].copy(), link[:, :most].copy(), white, used
+        ctx.batch = batch
+        return torch.from_numpy(value).reshape(batch + columns.shape[-1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # grad: (*batch, column)
+        root, link, white, used = ctx.arrays
+        latent = root.shape[-1]
+        rows = np.ascontiguousarray(grad.reshape(len(root), white.shape[-1]).numpy(force=True))
+        moments, means = np.empty((len(root), 4, latent, latent)), np.empty(white.shape)
+        _steady.differentiate(latent, root, link, white, used, rows, moments, means)
+        found = torch.from_numpy(moments).reshape(*ctx.batch, 4, latent, latent)
+        return found[..., :3, :, :], found[..., 3:, :, :], torch.from_numpy(means).reshape(ctx.batch + means.shape[1:])
+
+
+def _contiguous(blocks: Tensor, count: int) -> np.ndarray:
+    return np.ascontiguousarray(blocks.reshape(count, *blocks.shape[-3:]).numpy(force=True))

@@ -176,9 +176,11 @@ class LDS(StateSpaceModel):
             "eigenvalue_angle": (("latent",), angle.gather(-1, order)),
             "signal_sd": (("unit",), signal),
             "lag_one_covariance": (("unit",), lagged),
-            "lag_one_asymmetry": (("unit",), turned),  # later here and earlier in the next unit, less the other way round
             "offset": (("unit",), parameters.offset),
         }
+        if self.latent_dim > 1:
+            # This unit's signal with that of the next one bin before, less the other way round: rotations have a sense.
+            found["lag_one_asymmetry"] = (("unit",), turned)
         if self.readout.noise_name is not None:
             found[self.readout.noise_name] = (("unit",), parameters.noise)
         if parameters.input_gain is not None:

@@ -4,6 +4,6 @@ Every function returns a `matplotlib.figure.Figure` that belongs to the caller a
 nothing needs closing and no screen is needed. Write one with ``figure.savefig("latents.png")``.
 """
 
-from pyrodyn.plots.figures import eigenvalues, latents, rates, summary, trace
+from pyrodyn.plots.figures import calibration, eigenvalues, latents, rates, summary, trace
 
-__all__ = ["eigenvalues", "latents", "rates", "summary", "trace"]
+__all__ = ["calibration", "eigenvalues", "latents", "rates", "summary", "trace"]

@@ -118,8 +118,8 @@ def trace(posterior: xr.DataTree) -> Figure:
     """The course of the fit: the loss over steps, or the draws of each chain.
 
     With a loss in ``sample_stats`` (SVI), one panel: the loss, and its running mean over 25 steps. Otherwise, a panel
-    for ``lp`` and for each of the first invariants, one line a chain; chains that have mixed lie over each other. Chains
-    that started at one point, a superchain, have one colour.
+    for ``lp`` and for each of the first invariants, one line a chain; chains that have mixed lie over each other.
+    Chains that started at one point, a superchain, have one colour.
     """
     stats = posterior["sample_stats"].to_dataset()
     if "loss" in stats:
@@ -290,3 +290,51 @@ def _loss(loss: np.ndarray) -> Figure:
     axes.set(xlabel="step", ylabel="loss: minus the ELBO (nats)", title="loss of the variational fit")
     axes.legend(loc="upper right")
     return figure
+
+
+@_styled
+def calibration(found: xr.Dataset, quantities: Sequence[str] | None = None) -> Figure:
+    """Where the truth lies among the draws: how far each quantity's distribution of places is from uniform.
+
+    Parameters
+    ----------
+    found : xarray.Dataset
+        From `pyrodyn.calibrate`.
+    quantities : names, optional
+        All by default.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        One panel a quantity: the share of replicates below a place, less the place. A calibrated engine stays in the
+        grey band, all along, in 95% of such pictures. A curve above zero on the left and below on the right: intervals
+        too narrow; all above: draws too high.
+    """
+    names = [str(name) for name in (found["quantity"].values if quantities is None else quantities)]
+    count = found.sizes["replicate"]
+    grid = np.linspace(0.0, 1.0, 101)
+    width = np.sqrt(grid * (1.0 - grid) / count) * _band(count, grid)
+    columns = min(5, len(names))
+    rows = -(-len(names) // columns)
+    figure = new_figure(1.9 * columns, 1.3 * rows + 0.4)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for panel, name in zip(panels.flat, names, strict=False):
+        place = np.sort(found["place"].sel(quantity=name).values)
+        panel.fill_between(grid, -width, width, color=GREY, alpha=0.3, linewidth=0)
+        flagged = bool(found["flagged"].sel(quantity=name))
+        below = np.searchsorted(place, grid, side="right") / count
+        panel.plot(grid, below - grid, color=COLOURS[1 if flagged else 0], linewidth=1.0)
+        panel.set_title(name.replace("_", " "))
+    for panel in panels.flat[len(names) :]:
+        panel.set_axis_off()
+    figure.supxlabel("place of the truth among the draws")
+    figure.supylabel("share below, less place")
+    return figure
+
+
+def _band(count: int, grid: np.ndarray, simulations: int = 2000) -> float:
+    """Pointwise sds within which 95% of empirical distributions of ``count`` uniform numbers stay all along."""
+    uniform = np.sort(np.random.default_rng(0).uniform(size=(simulations, count)), axis=1)
+    inner = grid[1:-1]
+    below = np.stack([np.searchsorted(row, inner, side="right") for row in uniform]) / count
+    return float(np.quantile(np.max(np.abs(below - inner) / np.sqrt(inner * (1.0 - inner) / count), axis=1), 0.95))
