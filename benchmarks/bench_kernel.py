@@ -1,15 +1,20 @@
-"""Time value and gradient of the collapsed LDS log likelihood, against Pyro's GaussianHMM and statsmodels' filter.
+"""Time value and gradient of log likelihoods with paths or modes summed out, beside those of the peers.
 
-Run `python benchmarks/bench_kernel.py`. One thread, float64, processor time, medians of five runs after one that is not
-counted. The gradient is with respect to dynamics, process noise, loading, offset and noise sd; statsmodels gives the
-value alone. The exit code is 1 where the three values disagree.
+Run `make bench`, or `python benchmarks/bench_kernel.py`. One core, one thread, processor time, medians of five runs
+after warm-up; compile time apart. Ours is float64, the peers run in their default: dynamax in float32, in the environment of
+the Python that the variable PYRODYN_PEERS names (without it that column is empty). The gradient is with respect to all
+parameters; statsmodels gives the value alone. The exit code is 1 where values disagree.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +27,11 @@ from torch import Tensor
 
 from pyrodyn.conditioning import path_evidence
 from pyrodyn.distributions import GaussMarkov
+from pyrodyn.linalg import mode_log_normaliser
 from pyrodyn.readouts import AffineReadout, Gaussian, Poisson, Readout
 
 # Trials, bins, latents, units.
-SIZES = ((1, 1000, 4, 30), (100, 100, 10, 100), (100, 500, 10, 100), (1, 100_000, 4, 30))
+SIZES = ((1, 1000, 4, 30), (100, 100, 10, 100), (100, 500, 10, 100), (1, 100_000, 4, 30), (20, 1000, 40, 200))
 POISSON = (50, 100, 8, 60)
 RUNS = 5
 
@@ -115,38 +121,141 @@ def timed(call: Callable[[], float]) -> tuple[float, float, float]:
     return value, 1e3 * float(np.median(seconds)), 1e3 * min(seconds)
 
 
+def dynamax(case: str, **inputs: Tensor) -> dict[str, float] | None:
+    """The same on JAX, in the environment of the peers; None where there is none."""
+    python = os.environ.get("PYRODYN_PEERS")
+    if not python:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "inputs.npz"
+        np.savez(file, **{name: value.detach().numpy() for name, value in inputs.items()})
+        script = Path(__file__).with_name("peers_jax.py")
+        run = subprocess.run([python, str(script), case, str(file)], capture_output=True, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def floor() -> str:
+    """What this core can do: products of matrices and traffic with memory, in float64."""
+    matrix, long = torch.randn(1000, 1000), torch.randn(20_000_000)
+    _, product, _ = timed(lambda: float((matrix @ matrix)[0, 0]))
+    _, copy, _ = timed(lambda: float(long.clone()[0]))
+    return f"This core: {2e3 / product:.1f} GFLOP/s in matrix products, {0.32e3 / copy:.1f} GB/s in copies."
+
+
+def modes(count: int) -> tuple[list[Tensor], Callable[[], Tensor]]:
+    """Potentials of 100 hidden Markov chains of 500 bins, and their log likelihood."""
+    torch.manual_seed(0)
+    potentials = [torch.randn(count), torch.randn(count, count), torch.randn(100, 500, count)]
+    for part in potentials:
+        part.requires_grad_()
+    initial, transition, likelihood = potentials
+
+    def score() -> Tensor:
+        steps = torch.log_softmax(transition, -1)
+        return mode_log_normaliser(torch.log_softmax(initial, -1), steps[None], likelihood).sum()
+
+    return potentials, score
+
+
+def grown(base: tuple[int, int, int, int], axis: int, values: tuple[int, ...]) -> list[float]:
+    """Milliseconds as one of trials, bins, latents, units grows."""
+    found = []
+    for value in values:
+        size = (*base[:axis], value, *base[axis + 1 :])
+        system = System(size, Gaussian())
+        found.append(timed(lambda s=system: value_and_gradient(s.pyrodyn, s.parameters))[1])
+    return found
+
+
+def picture(path: Path) -> None:
+    """How cost grows with the size of the recording and of the model."""
+    from matplotlib.figure import Figure
+
+    base = (20, 200, 6, 50)
+    ranges = {
+        "trials": (5, 20, 80, 320),
+        "bins": (100, 1000, 10_000, 100_000),
+        "latents": (2, 4, 8, 16, 32),
+        "units": (25, 50, 100, 200, 400),
+    }
+    figure = Figure(figsize=(9.0, 2.4), layout="constrained")
+    panels = figure.subplots(1, 4, sharey=True)
+    for axis, (panel, (name, values)) in enumerate(zip(panels, ranges.items(), strict=True)):
+        panel.loglog(values, grown(base, axis, values), "o-", color="#0072B2", linewidth=1.4, markersize=4)
+        panel.set_xlabel(name)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("value and gradient (ms)")
+    figure.suptitle("{} trials, {} bins, {} latents, {} units, one of them varied".format(*base), fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def cell(found: dict[str, float] | None, ours: float) -> list[str]:
+    return ["-", "-"] if found is None else [f"{found['ms']:,.1f} (compiles {found['compile_s']:.0f} s)",
+                                              f"{found['ms'] / ours:,.1f}x"]  # fmt: skip
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Time the collapsed LDS log likelihood.")
+    parser = argparse.ArgumentParser(description="Time log likelihoods and their gradients.")
     parser.add_argument("--table", type=Path, help="write the table to this Markdown file")
+    parser.add_argument("--picture", type=Path, help="draw how cost grows into this file")
     options = parser.parse_args()
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     pyro.enable_validation(False)
-    lines = ["# The collapsed LDS log likelihood", "", f"Made by `{' '.join(['python', *sys.argv])}`.", ""]
+    lines = ["# Log likelihoods and gradients", "", f"Made by `{' '.join(['python', *sys.argv])}`.", ""]
 
-    def say(text: str) -> None:
+    def say(text: str = "") -> None:
         print(text, flush=True)
         lines.append(text)
 
-    say(f"Milliseconds of processor time on one 2.8 GHz core, one thread, float64: median of {RUNS} runs (least).")
-    say("")
-    say("| (trials, bins, latents, units) | pyrodyn, value and gradient | Pyro GaussianHMM, value and gradient | "
-        "statsmodels, value | values agree to |")  # fmt: skip
-    say("| --- | --- | --- | --- | --- |")
+    def row(cells: list[str]) -> None:
+        say("| " + " | ".join(cells) + " |")
+
+    say(f"Milliseconds of processor time on one core, median of {RUNS} runs; pyrodyn in float64. {floor()}")
+    say()
+    say("## Linear-Gaussian model, value and gradient")
+    say()
+    row(["trials, bins, latents, units", "pyrodyn", "dynamax, float32", "ratio", "Pyro GaussianHMM", "ratio",
+         "statsmodels, value alone", "ratio", "values agree to"])  # fmt: skip
+    row(["---"] * 9)
     bad = 0
     for size in SIZES:
         system = System(size, Gaussian())
-        ours = timed(lambda s=system: value_and_gradient(s.pyrodyn, s.parameters))
-        theirs = timed(lambda s=system: value_and_gradient(s.pyro, s.parameters))
-        kalman = timed(system.statsmodels())
-        apart = max(abs(other[0] / ours[0] - 1.0) for other in (theirs, kalman))
-        bad += apart > 1e-8
-        cells = [f"{median:,.1f} ({least:,.1f})" for _, median, least in (ours, theirs, kalman)]
-        say(f"| {size} | " + " | ".join(cells) + f" | {apart:.0e} |")
+        value, ours, _ = timed(lambda s=system: value_and_gradient(s.pyrodyn, s.parameters))
+        names = ("dynamics", "process_noise", "loading", "offset", "noise_sd")
+        jax = dynamax("gaussian", values=system.values, **dict(zip(names, system.parameters, strict=True)))
+        others = []
+        if size[2] < 40:  # minutes, and many gigabytes
+            others.append(timed(lambda s=system: value_and_gradient(s.pyro, s.parameters)))
+            others.append(timed(system.statsmodels()))
+        apart = max((abs(other[0] / value - 1.0) for other in others), default=0.0)
+        bad += apart > 1e-8 or (jax is not None and abs(jax["value"] / value - 1.0) > 1e-2)
+        cells = [text for _, median, _ in others for text in (f"{median:,.1f}", f"{median / ours:,.1f}x")]
+        row([", ".join(map(str, size)), f"{ours:,.1f}", *cell(jax, ours), *(cells or ["-"] * 4), f"{apart:.0e}"])
+    say()
+    say("## Hidden Markov model, 100 trials x 500 bins, value and gradient")
+    say()
+    row(["modes", "pyrodyn", "dynamax, float32", "ratio"])
+    row(["---"] * 4)
+    for count in (10, 50):
+        potentials, score = modes(count)
+        value, ours, _ = timed(lambda s=score, p=potentials: value_and_gradient(s, p))
+        jax = dynamax("modes", **dict(zip(("initial", "transition", "likelihood"), potentials, strict=True)))
+        bad += jax is not None and abs(jax["value"] / value - 1.0) > 1e-3
+        row([str(count), f"{ours:,.1f}", *cell(jax, ours)])
+    say()
+    say("## Poisson LDS, path integrated out: ours by Laplace, dynamax by an extended Kalman filter")
+    say()
+    row(["trials, bins, latents, units", "pyrodyn", "dynamax, float32", "ratio"])
+    row(["---"] * 4)
     system = System(POISSON, Poisson())
-    _, median, least = timed(lambda: value_and_gradient(system.pyrodyn, system.parameters))
-    say("")
-    say(f"Poisson readout, {POISSON}: Laplace evidence and gradient {median:,.1f} ms ({least:,.1f}).")
+    _, ours, _ = timed(lambda: value_and_gradient(system.pyrodyn, system.parameters))
+    names = ("dynamics", "process_noise", "loading", "offset")
+    jax = dynamax("poisson", values=system.values, **dict(zip(names, system.parameters, strict=True)))
+    row([", ".join(map(str, POISSON)), f"{ours:,.1f}", *cell(jax, ours)])
+    if options.picture is not None:
+        picture(options.picture)
     if options.table is not None:
         options.table.write_text("\n".join(lines) + "\n")
     return int(bad > 0)

@@ -102,17 +102,40 @@ def test_the_bound_is_below_the_evidence_and_near_it():
         assert -2.0 < json.loads(tree.attrs["notes"])["elbo"] - evidence < 0.5
 
 
+def within_error(first: xr.Dataset, second: xr.Dataset) -> None:
+    """Means within four Monte Carlo errors, for every invariant."""
+    errors = [arviz_stats.mcse(part) for part in (first, second)]
+    for variable in first:
+        combined = np.sqrt(sum(np.square(error[variable]) for error in errors))
+        difference = first[variable].mean(DRAW) - second[variable].mean(DRAW)
+        assert float((abs(difference) / combined).max()) < 4.0, variable
+
+
+def test_hmc_agrees_with_nuts():
+    reference, _ = invariants(REFERENCE, LARGE)
+    found, tree = invariants(inference.HMC(chains=16, draws=40, warmup=60), LARGE)
+    assert json.loads(tree.attrs["diagnostics"])["max_nested_r_hat"] < 1.02
+    within_error(reference, found)
+
+
 def test_collapsed_and_path_sampled_nuts_agree():
     size = (1, 5, 2)
     options = {"draws": 100, "warmup": 50, "chains": 1, "max_tree_depth": 3}
     collapsed, _ = invariants(inference.NUTS(**options), size)
     sampled, tree = invariants(inference.NUTS(**options, collapse=False), size)
     assert tree.attrs["path_treatment"].startswith("sampled")
-    errors = [arviz_stats.mcse(part) for part in (collapsed, sampled)]
-    for variable in collapsed:
-        combined = np.sqrt(sum(np.square(error[variable]) for error in errors))
-        difference = collapsed[variable].mean(DRAW) - sampled[variable].mean(DRAW)
-        assert float((abs(difference) / combined).max()) < 4.0, variable
+    within_error(collapsed, sampled)
+
+
+def test_collapsed_and_path_sampled_hmc_agree():
+    """On paths of 120 bins in all, and with NUTS as well."""
+    size = (4, 30, 3)
+    collapsed, _ = invariants(inference.HMC(warmup=100), size)
+    sampled, tree = invariants(inference.HMC(warmup=100, collapse=False), size)
+    assert tree.attrs["path_treatment"].startswith("sampled")
+    within_error(collapsed, sampled)
+    nuts, _ = invariants(inference.NUTS(draws=250, warmup=100, chains=2), size)
+    within_error(collapsed, nuts)
 
 
 # ------------------------------------------------------------------------------------------ the same density, rewritten

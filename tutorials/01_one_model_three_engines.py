@@ -56,7 +56,7 @@ from pyrodyn import inference, models, plots, readouts
 from pyrodyn.scoring import bits_per_spike_over_trials
 
 torch.set_num_threads(1)  # the arrays are small: a second thread would mostly wait for the first
-COLOURS = {"SVI": "#0072B2", "Laplace": "#E69F00", "NUTS": "#009E73"}
+COLOURS = {"SVI": "#0072B2", "Laplace": "#E69F00", "HMC": "#009E73"}
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "figure.dpi": 110})
 
 # %% [markdown]
@@ -105,7 +105,7 @@ plt.show()
 # |---|---|---|
 # | `SVI` | fits a Gaussian to the posterior by maximising a lower bound of the evidence | seconds |
 # | `Laplace` | climbs to the peak of the posterior and takes its curvature there | seconds |
-# | `NUTS` | walks through the posterior; exact, given time | minutes |
+# | `HMC` | walks through the posterior, 64 chains at once; exact but for Monte Carlo error | seconds to minutes |
 #
 # One argument changes. What comes back is always the same kind of object: an `xarray.DataTree` with named axes.
 
@@ -113,18 +113,19 @@ plt.show()
 engines = {
     "SVI": inference.SVI(steps=500),
     "Laplace": inference.Laplace(draws=500),
-    "NUTS": inference.NUTS(draws=150, warmup=150, max_tree_depth=5),  # at most 31 steps for a draw
+    "HMC": inference.HMC(),
 }
 posteriors = {name: dyn.fit(model, recording, engine, seed=0) for name, engine in engines.items()}
-posteriors["NUTS"]["posterior"]
+posteriors["HMC"]["posterior"]
 
 # %% [markdown]
 # ## 3. Check, then believe
 #
 # Each engine fails in its own way, so each has its own check:
 #
-# - **NUTS** draws in chains that start apart. If they have not found each other, R-hat is above 1; 1.05 and less is
-#   fine. An effective sample size (ESS) of 100 or so is enough for a mean and a standard deviation.
+# - **HMC** runs 64 chains in four groups that start far from each other. If the groups have not forgotten where they
+#   began, nested R-hat is above 1; 1.01 and less is fine. An effective sample size (ESS) of 400 is enough for most
+#   questions.
 # - **SVI** and **Laplace** replace the posterior by a Gaussian. Pareto's k-hat says how well that Gaussian covers the
 #   posterior: below 0.7 reweighting its draws would mend it; above, take its tails with care.
 # - The **loss** of SVI must have levelled out.
@@ -145,7 +146,7 @@ pd.DataFrame({name: checks_of(posterior) for name, posterior in posteriors.items
 plots.trace(posteriors["SVI"])
 
 # %%
-plots.trace(posteriors["NUTS"])
+plots.trace(posteriors["HMC"])
 
 # %% [markdown]
 # ### Do the three agree?
@@ -200,7 +201,7 @@ axes[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 plt.show()
 
 # %% [markdown]
-# SVI and NUTS lie on each other. Laplace sees the frequency alike, but puts time constant and signal lower, by up to
+# SVI and HMC lie on each other. Laplace sees the frequency alike, but puts time constant and signal lower, by up to
 # one standard deviation: both are skewed, and the peak of a skewed posterior lies to one side of its mass. Its k-hat,
 # the larger of the two, told you to expect as much. With more trials the posterior becomes Gaussian, and the three
 # one.
@@ -212,7 +213,7 @@ plt.show()
 # turned into these axes, too. The bands hold 90% of the posterior at each moment.
 
 # %%
-mean, sd = posteriors["NUTS"]["latents"]["mean"].values, posteriors["NUTS"]["latents"]["sd"].values
+mean, sd = posteriors["HMC"]["latents"]["mean"].values, posteriors["HMC"]["latents"]["sd"].values
 rotation, _ = orthogonal_procrustes(truth["path"].values.reshape(-1, 2), mean.reshape(-1, 2))
 true_path = truth["path"].values @ rotation
 inside = np.abs(true_path - mean) < 1.645 * sd
@@ -221,13 +222,13 @@ trial = 0
 figure, axes = plt.subplots(2, 1, figsize=(8, 4), sharex=True, layout="constrained")
 for latent, axis in enumerate(axes):
     centre, half = mean[trial, :, latent], 1.645 * sd[trial, :, latent]
-    axis.fill_between(times, centre - half, centre + half, color=COLOURS["NUTS"], alpha=0.25, linewidth=0)
+    axis.fill_between(times, centre - half, centre + half, color=COLOURS["HMC"], alpha=0.25, linewidth=0)
     for name, posterior in posteriors.items():
         path = posterior["latents"]["mean"].values[trial, :, latent]
         axis.plot(times, path, color=COLOURS[name], label=name, linewidth=1.2)
     axis.plot(times, true_path[trial, :, latent], color="black", linestyle=":", linewidth=1.4, label="truth")
     axis.set_ylabel(f"latent {latent}")
-axes[0].set_title(f"trial {trial}: means, and the 90% band of NUTS", loc="left", fontsize=10)
+axes[0].set_title(f"trial {trial}: means, and the 90% band of HMC", loc="left", fontsize=10)
 axes[1].set_xlabel("time (s)")
 axes[0].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 plt.show()
@@ -278,7 +279,7 @@ train
 
 # %% [markdown]
 # The model changes in one word, the readout: spike counts are Poisson, with a log rate that is linear in the latent.
-# Its path can no longer be integrated out exactly, and the posterior says so. NUTS would run here in the same way, by
+# Its path can no longer be integrated out exactly, and the posterior says so. HMC would run here in the same way, by
 # the same one argument; it takes a coffee break, which is why it is left out.
 
 # %%
@@ -304,7 +305,7 @@ pd.DataFrame({name: modes_of(posterior) for name, posterior in reach.items()}, i
 # %% [markdown]
 # Look at k-hat before you quote such a table. Here are 160 numbers to learn from 32 trials, and no Gaussian fits that
 # posterior in all its directions; the two engines may differ over a time constant by as much as their intervals are
-# wide. Then say which engine a number came from, or run NUTS. What they predict differs far less, as you will see.
+# wide. Then say which engine a number came from, or run HMC. What they predict differs far less, as you will see.
 
 # %%
 plots.eigenvalues(reach["SVI"])
