@@ -122,7 +122,7 @@ def laplace_evidence(prior: GaussMarkov, readout: AffineReadout, observations: T
     """Laplace approximation of log p(y | parameters) of every trial, (*draw, trial)."""
     with torch.no_grad():
         # torch's lazy properties turn gradients on inside no_grad: a prior not detached would have the search recorded.
-        still = GaussMarkov(prior.diagonal.detach(), prior.upper.detach(), prior.linear.detach())
+        still = prior.detach()
         mode = find_mode(still, readout, observations)
         precision = _outer(readout, readout.curvature(readout.predict(mode), observations))
         curved = still.condition(precision, torch.zeros_like(mode))

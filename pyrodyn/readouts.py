@@ -27,6 +27,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import softplus
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyrodyn.errors import ReadoutError
 from pyrodyn.recording import Recording
@@ -191,7 +192,7 @@ class Poisson(_Counts):
         return None
 
     def log_prob(self, predictor, noise, value):
-        return self.log_kernel(predictor, noise, value) - torch.lgamma(value + 1.0)
+        return self.log_kernel(predictor, noise, value) - _log_factorial(value)
 
     def log_kernel(self, predictor, noise, value):
         predictor = predictor.clamp(max=MAX_LOG_RATE)
@@ -229,7 +230,7 @@ class NegativeBinomial(_Counts):
         return super().initial_values(recording) | {"concentration": torch.full_like(recording.scale, 5.0)}
 
     def log_prob(self, predictor, noise, value):
-        count = torch.lgamma(value + noise) - torch.lgamma(noise) - torch.lgamma(value + 1.0)
+        count = torch.lgamma(value + noise) - torch.lgamma(noise) - _log_factorial(value)
         return count + noise * noise.log() + self.log_kernel(predictor, noise, value)
 
     def log_kernel(self, predictor, noise, value):
@@ -379,6 +380,18 @@ class AffineReadout(TorchDistribution):
 
 
 _PER_UNIT: Any = {"event_dims": ("unit",)}
+
+
+_FACTORIALS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # counts -> (version, log factorials)
+
+
+def _log_factorial(counts: Tensor) -> Tensor:
+    """Parameters do not enter: computed once for a recording."""
+    known = _FACTORIALS.get(counts)
+    if known is None or known[0] != counts._version:
+        known = counts._version, torch.lgamma(counts + 1.0)
+        _FACTORIALS[counts] = known
+    return known[1]
 
 
 def _totals(recording: Recording) -> tuple[Tensor, Tensor]:

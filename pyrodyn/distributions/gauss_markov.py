@@ -246,19 +246,39 @@ class GaussMarkov(TorchDistribution):
 
     def log_potential(self, value: Tensor) -> Tensor:
         """The unnormalised log density ``-x' J x / 2 + h' x`` of paths (*batch, time, latent)."""
-        own = (self.diagonal @ value.unsqueeze(-1)).squeeze(-1)
-        ahead = (self.upper @ value[..., 1:, :].unsqueeze(-1)).squeeze(-1)
-        quadratic = (value * (self.linear - 0.5 * own)).sum((-2, -1))
-        return quadratic - (value[..., :-1, :] * ahead).sum((-2, -1))
+        quadratic = (value * (self.linear - 0.5 * self._own(value))).sum((-2, -1))
+        return quadratic - (value[..., :-1, :] * self._ahead(value)).sum((-2, -1))
 
     def force(self, value: Tensor) -> Tensor:
         """Gradient of `log_potential`: ``h - J x``, (*batch, time, latent)."""
-        column = value.unsqueeze(-1)
-        pull = (self.diagonal @ column).squeeze(-1)
-        ahead = (self.upper @ column[..., 1:, :, :]).squeeze(-1)
-        behind = (self.upper.mT @ column[..., :-1, :, :]).squeeze(-1)
+        if self._steady is not None:
+            behind = value[..., :-1, :] @ self._steady[1].squeeze(-3)
+        else:
+            behind = (self.upper.mT @ value[..., :-1, :].unsqueeze(-1)).squeeze(-1)
+        pull, ahead = self._own(value), self._ahead(value)
         zeros = torch.zeros_like(pull[..., :1, :])
         return self.linear - pull - torch.cat([ahead, zeros], -2) - torch.cat([zeros, behind], -2)
+
+    def _own(self, value: Tensor) -> Tensor:
+        """``J_tt x_t`` in every bin; where the blocks are the same, all bins in one product."""
+        if self._steady is None or self.event_shape[0] == 1:
+            return (self.diagonal @ value.unsqueeze(-1)).squeeze(-1)
+        first, middle, last = self._steady[0].mT.unbind(-3)
+        between = value[..., 1:-1, :] @ middle
+        return torch.cat([value[..., :1, :] @ first, between, value[..., -1:, :] @ last], -2)
+
+    def _ahead(self, value: Tensor) -> Tensor:
+        """``J_t,t+1 x_t+1`` in every bin but the last."""
+        if self._steady is None:
+            return (self.upper @ value[..., 1:, :].unsqueeze(-1)).squeeze(-1)
+        return value[..., 1:, :] @ self._steady[1].squeeze(-3).mT
+
+    def detach(self) -> GaussMarkov:
+        """The same chain, cut off from what it was made from."""
+        if self._steady is not None:
+            blocks, upper = self._steady
+            return GaussMarkov._of_blocks(blocks.detach(), upper.detach(), self.linear.detach())
+        return GaussMarkov(self.diagonal.detach(), self.upper.detach(), self.linear.detach())
 
     def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 (torch's own signature)
         shape = self._extended_shape(sample_shape)

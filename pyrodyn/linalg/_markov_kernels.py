@@ -4,6 +4,9 @@ Two ways to the same sums. The scaled one multiplies probabilities, normalised i
 as long as no transition is rarer than :math:`e^{-300}`, since a state that underflows is then filled again from the
 others in the next bin. The logarithmic one takes any potential, minus infinity included.
 
+The scaled ones are compiled for the very number of modes up to `UNROLLED`, by a tuple of that length; an empty one
+stands for any number.
+
 Arrays: initial (element, mode), transition (element or 1, time - 1 or 1, mode, mode) from the first mode to the second,
 likelihood (element, time, mode). Elements and bins of size one are shared.
 """
@@ -19,6 +22,8 @@ try:
     from numba import njit
 except ImportError:  # the functions below run as they are: right, and slow
     njit = None
+
+UNROLLED = 16
 
 _OPTIONS = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
 
@@ -38,9 +43,8 @@ def compiled(function: Callable) -> Callable:
 
 
 @inlined
-def _push(weight, matrix, pushed):
+def _push(weight, matrix, pushed, modes):
     """``weight @ matrix``: four rows at a time, so that what is summed stays in registers."""
-    modes = len(weight)
     pushed[:] = 0.0
     whole = modes - modes % 4
     for j in range(0, whole, 4):
@@ -53,9 +57,10 @@ def _push(weight, matrix, pushed):
 
 
 @compiled
-def filter_scaled(initial, transition, likelihood, filtered, scale):
+def filter_scaled(initial, transition, likelihood, filtered, scale, known):
     """Filtered probabilities (element, time, mode), and what they were divided by (element, time)."""
-    elements, bins, modes = likelihood.shape
+    elements, bins = likelihood.shape[:2]
+    modes = len(known) or likelihood.shape[2]
     ahead = np.empty(modes)
     for b in range(elements):
         own = min(b, transition.shape[0] - 1)
@@ -63,7 +68,7 @@ def filter_scaled(initial, transition, likelihood, filtered, scale):
             if t == 0:
                 ahead[:] = initial[b]
             else:
-                _push(filtered[b, t - 1], transition[own, min(t - 1, transition.shape[1] - 1)], ahead)
+                _push(filtered[b, t - 1], transition[own, min(t - 1, transition.shape[1] - 1)], ahead, modes)
             total = 0.0
             for k in range(modes):
                 filtered[b, t, k] = ahead[k] * likelihood[b, t, k]
@@ -75,13 +80,14 @@ def filter_scaled(initial, transition, likelihood, filtered, scale):
 
 
 @compiled
-def smooth_scaled(transposed, likelihood, filtered, scale, weight, marginal, entered):
+def smooth_scaled(transposed, likelihood, filtered, scale, weight, marginal, entered, known):
     """Posterior probabilities (element, time, mode) times the ``weight`` of the element.
 
     ``entered`` (element, time, mode) is what, times the filtered probabilities of the bin before and the transition,
     gives those of pairs. ``transposed`` is the transition, from the second mode to the first.
     """
-    elements, bins, modes = filtered.shape
+    elements, bins = filtered.shape[:2]
+    modes = len(known) or filtered.shape[2]
     after, ahead = np.empty(modes), np.empty(modes)
     for b in range(elements):
         own = min(b, transposed.shape[0] - 1)
@@ -93,7 +99,7 @@ def smooth_scaled(transposed, likelihood, filtered, scale, weight, marginal, ent
                 ahead[k] = likelihood[b, t, k] * after[k] * inverse
                 entered[b, t, k] = weight[b] * ahead[k] if t > 0 else 0.0
             if t > 0:
-                _push(ahead, transposed[own, min(t - 1, transposed.shape[1] - 1)], after)
+                _push(ahead, transposed[own, min(t - 1, transposed.shape[1] - 1)], after, modes)
 
 
 @compiled

@@ -126,7 +126,8 @@ class _ModeLogNormaliser(torch.autograd.Function):
         probability = _array((transition - commonest).exp())
         seen = _array((likelihood - top).exp())
         filtered, scale = np.empty(seen.shape), np.empty(seen.shape[:2])
-        _kernels().filter_scaled(_array((initial - first).exp()), probability, seen, filtered, scale)
+        known = _known(seen.shape[-1])
+        _kernels().filter_scaled(_array((initial - first).exp()), probability, seen, filtered, scale, known)
         ctx.arrays = probability, seen, filtered, scale
         total = torch.from_numpy(np.log(scale).sum(-1)) + top.sum((-2, -1)) + first.squeeze(-1)
         return total + (shift if steps else 0.0)
@@ -140,7 +141,9 @@ class _ModeLogNormaliser(torch.autograd.Function):
             entered = np.empty(filtered.shape)
             transposed = np.ascontiguousarray(transition.swapaxes(-2, -1))
             weight = _array(grad)
-            _kernels().smooth_scaled(transposed, seen, filtered, last, weight, marginal, entered)
+            _kernels().smooth_scaled(
+                transposed, seen, filtered, last, weight, marginal, entered, _known(seen.shape[-1])
+            )
             before, after = torch.from_numpy(filtered), torch.from_numpy(entered)
             if transition.shape[:2] == (1, 1):
                 # All bins of all elements as one row of bins; nothing enters an element's first.
@@ -182,6 +185,11 @@ def _contracted(initial: Tensor, transition: Tensor, likelihood: Tensor) -> Tens
         )
         links = torch.cat([joined, links[:, 2 * pairs :]], 1)
     return torch.logsumexp(start.unsqueeze(-1) + links[:, 0], (-2, -1))
+
+
+def _known(modes: int) -> tuple[int, ...]:
+    """Tells a kernel the number of modes when it is compiled."""
+    return (0,) * modes if modes <= _kernels().UNROLLED else ()
 
 
 def _kernels() -> Any:
