@@ -64,8 +64,15 @@ define run_scripts
 	for script in benchmarks/$(1)_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 endef
 
-bench: $(INSTALLED)  ## time the kernels and the engines: benchmarks/bench_*.py
-	$(call run_scripts,bench)
+PEERS := .venv-peers
+
+$(PEERS)/.installed: constraints/peers.txt
+	$(PYTHON) -m venv --clear $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement constraints/peers.txt
+	touch $@
+
+bench: $(INSTALLED) $(PEERS)/.installed  ## time kernels and engines beside their peers: benchmarks/bench_*.py
+	export PYRODYN_PEERS=$(abspath $(PEERS))/bin/python; $(call run_scripts,bench)
 
 calibrate: $(INSTALLED)  ## coverage and agreement tables: benchmarks/calibrate_*.py
 	$(call run_scripts,calibrate)
@@ -77,5 +84,5 @@ kills: $(INSTALLED)  ## killed runs resume to the same draws: benchmarks/kill_*.
 	$(call run_scripts,kill)
 
 clean:  ## remove the environment and everything that was built
-	rm -rf $(VENV) build .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(PEERS) build .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -30,6 +30,7 @@ ENGINES = {
     "SVI": inference.SVI(steps=400),
     "SVI, structured guide": inference.SVI(steps=200, guide=guides.Structured()),
     "Laplace": inference.Laplace(),
+    "HMC": inference.HMC(chains=16, draws=100, warmup=100),
     "NUTS": inference.NUTS(draws=30, warmup=20, max_tree_depth=4),
 }
 
@@ -105,6 +106,8 @@ def progress_of(path: Path) -> str:
         return f"step {int(state['now/step'][0])}"
     if "mode" in state:
         return "mode and curvature" if "hessian" in state else "mode"
+    if "ensemble/count" in state:
+        return f"transition {int(state['ensemble/count'])}"
     done = [int(value[0]) for key, value in sorted(state.items()) if key.endswith("/counts")]
     return "transitions " + ", ".join(map(str, done))
 
@@ -119,7 +122,7 @@ def _fingerprint(path: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Kill fits, resume them, compare the draws.")
-    parser.add_argument("--kills", type=int, default=20, help="in all")
+    parser.add_argument("--kills", type=int, default=25, help="in all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", type=Path, help="write the table to this Markdown file")
     parser.add_argument("--run", nargs=2, metavar=("ENGINE", "CHECKPOINT"), help=argparse.SUPPRESS)

@@ -23,6 +23,10 @@ class NonFiniteError(ArithmeticError):
     """A loss or a density stayed NaN or infinite; the message names the step and the site."""
 
 
+class PrecisionError(TypeError):
+    """Numbers too coarse for the computation: it would be wrong, and nothing would show it."""
+
+
 class IntegrityError(ValueError):
     """A stored file was changed, truncated, or not written by this library."""
 

@@ -325,9 +325,11 @@ class AffineReadout(TorchDistribution):
         noise: Tensor | None,
         observed: Tensor | None = None,
     ):
+        # Weights of 1 / noise^2 lose digits fast: all in float64, whatever it was.
+        path, loading, offset = (part.to(torch.float64) for part in (path, loading, offset))
         self.law, self.path, self.loading, self.observed = law, path, loading, observed
         self.offset = offset.unsqueeze(-2)
-        self.noise: Any = None if noise is None else noise.unsqueeze(-2)
+        self.noise: Any = None if noise is None else noise.to(torch.float64).unsqueeze(-2)
         batch = torch.broadcast_shapes(path.shape[:-2], loading.shape[:-2], offset.shape[:-1])
         super().__init__(batch, torch.Size((path.shape[-2], loading.shape[-2])), validate_args=False)
 

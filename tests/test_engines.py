@@ -13,6 +13,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
+import scipy.optimize
 import torch
 import xarray as xr
 import zoo
@@ -220,6 +221,25 @@ def test_the_curvature_at_the_mode_equals_autograd():
     assert flat == 0
     torch.testing.assert_close(root @ root.T @ hessian, torch.eye(len(mode), dtype=torch.float64), rtol=0, atol=1e-8)
     assert bool((root.triu(1) == 0).all()) and bool((root.diagonal() > 0).all())
+
+
+def test_the_climb_only_goes_up_and_ends_where_scipy_does():
+    """The counterpart of an EM algorithm that must not lose likelihood; replicates climb side by side."""
+    recording = simulated(2, 12, 2)
+    density = LogDensity(collapse(MODEL), recording)
+    start = density.unconstrain(MODEL.initial_values(recording))
+    values = [float(density.gradient(ascend(density, start, steps, "test")[0])[0]) for steps in range(0, 40, 2)]
+    assert np.all(np.diff(values) >= 0.0)
+
+    def loss(vector: np.ndarray) -> tuple[float, np.ndarray]:
+        value, slope = density.gradient(torch.from_numpy(vector))
+        return -float(value), -slope.numpy()
+
+    expected = scipy.optimize.minimize(loss, start.numpy(), jac=True, method="L-BFGS-B", options={"ftol": 1e-14})
+    starts = torch.stack([start, start + 0.3, start - 0.2])
+    modes, converged = ascend(density, starts, 500, "test")
+    assert bool(converged.all())
+    np.testing.assert_allclose(density.gradient(modes)[0].numpy(), -expected.fun, rtol=0, atol=1e-6)
 
 
 def test_a_direction_without_curvature_is_counted_and_lifted():

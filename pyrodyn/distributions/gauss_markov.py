@@ -18,6 +18,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyrodyn.errors import PrecisionError
 from pyrodyn.linalg.chain import (
     ChainFactor,
     as_columns,
@@ -70,6 +71,11 @@ class GaussMarkov(TorchDistribution):
     normaliser : Tensor, (*batch), optional
         :math:`\log Z` where it is known in closed form.
 
+    Raises
+    ------
+    PrecisionError
+        Where the blocks are not float64.
+
     Notes
     -----
     Event shape (time, latent). Sampling is reparametrised; every quantity is differentiable.
@@ -93,6 +99,12 @@ class GaussMarkov(TorchDistribution):
         if linear.shape[-2:] != (time, latent):
             raise ValueError(
                 f"linear must be (*batch, time, latent) = (..., {time}, {latent}), got {tuple(linear.shape)}"
+            )
+        if not diagonal.dtype == upper.dtype == linear.dtype == torch.float64:
+            raise PrecisionError(
+                f"diagonal, upper and linear must be float64, got {diagonal.dtype}, {upper.dtype} and {linear.dtype}: "
+                "blocks of a precision that were rounded to fewer digits can be wrong in the first digit of a density; "
+                "build them in float64, or use GaussMarkov.from_dynamics, which does so"
             )
         self.__dict__ |= {"diagonal": diagonal, "upper": upper}
         self._steady: tuple[Tensor, Tensor] | None = None
@@ -138,7 +150,14 @@ class GaussMarkov(TorchDistribution):
             Zero by default.
         drift : Tensor, (*batch, time - 1, latent), optional
             :math:`b_t` for t = 2 ... T.
+
+        All are brought to float64 before anything is computed.
         """
+        dynamics, process_noise, initial_covariance = (
+            part.to(torch.float64) for part in (dynamics, process_noise, initial_covariance)
+        )
+        drift = None if drift is None else drift.to(torch.float64)
+        initial_mean = None if initial_mean is None else initial_mean.to(torch.float64)
         dim = dynamics.shape[-1]
         noise_root, initial_root = cholesky(process_noise), cholesky(initial_covariance)
         identity = torch.eye(dim, dtype=dynamics.dtype, device=dynamics.device)
