@@ -1,9 +1,9 @@
 """Time value and gradient of log likelihoods with paths or modes summed out, beside those of the peers.
 
 Run `make bench`, or `python benchmarks/bench_kernel.py`. One core, one thread, processor time, medians of five runs
-after warm-up; compile time apart. Ours is float64, the peers run in their default: dynamax in float32, in the environment
-of the Python that the variable PYRODYN_PEERS names (without it that column is empty). The gradient is with respect to all
-parameters; statsmodels gives the value alone. The exit code is 1 where values disagree.
+after warm-up; compile time apart. Ours is float64, the peers run in their default: dynamax in float32, in the
+environment of the Python that the variable PYRODYN_PEERS names (without it that column is empty). The gradient is with
+respect to all parameters; statsmodels gives the value alone. The exit code is 1 where values disagree.
 """
 
 from __future__ import annotations

@@ -138,15 +138,16 @@ def lds_model(values):
     numpyro.factor("evidence", vmap(lambda trial: lgssm_filter(model, trial).marginal_loglik)(values).sum())
 
 
-def nuts(model, argument, chains: int, warmup: int, draws: int, positive: tuple[str, ...]) -> tuple[np.ndarray, float]:
+def nuts(
+    model, argument, chains: int, warmup: int, draws: int, positive: tuple[str, ...], start: dict | None = None
+) -> tuple[np.ndarray, float]:
     """Unconstrained draws (chain, draw, coordinate) and processor seconds, compilation included."""
-    from numpyro.infer import MCMC, NUTS
+    from numpyro.infer import MCMC, NUTS, init_to_uniform, init_to_value
 
     began = time.process_time()
-    run = MCMC(
-        NUTS(model), num_warmup=warmup, num_samples=draws, num_chains=chains, chain_method="sequential",
-        progress_bar=False,
-    )  # fmt: skip
+    strategy = init_to_value(values=start) if start else init_to_uniform
+    options = {"num_warmup": warmup, "num_samples": draws, "num_chains": chains, "chain_method": "sequential"}
+    run = MCMC(NUTS(model, init_strategy=strategy), **options, progress_bar=False)
     run.run(jax.random.PRNGKey(0), argument)
     found = {name: np.asarray(value) for name, value in run.get_samples(group_by_chain=True).items()}
     seconds = time.process_time() - began

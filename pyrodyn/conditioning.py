@@ -51,7 +51,7 @@ def gaussian_potential(readout: AffineReadout, observations: Tensor) -> tuple[Te
         precision = (readout.loading.mT @ weighted).unsqueeze(-3)
         linear = observations @ weighted - (readout.offset @ weighted)
         return precision, linear
-    seen = readout.observed.to(observations.dtype)
+    seen = _pattern(readout.observed).to(observations.dtype)
     pairs = (readout.loading.unsqueeze(-1) * weighted.unsqueeze(-2)).flatten(-2)
     precision = seen @ pairs
     precision = precision.reshape(precision.shape[:-1] + readout.loading.shape[-1:] * 2)
@@ -68,6 +68,26 @@ def gaussian_evidence(prior: GaussMarkov, readout: AffineReadout, observations: 
     misfit = square - 2.0 * total * offset + count * offset.square()
     at_zero = -0.5 * (misfit / sd.square()).sum(-1) - (count * (sd.log() + 0.5 * math.log(2.0 * math.pi))).sum(-1)
     return at_zero + posterior.log_normaliser - prior.log_normaliser
+
+
+_PATTERNS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # mask -> (version, the least of it that says all)
+
+
+def _pattern(observed: Tensor) -> Tensor:
+    """The mask (trial or 1, time or 1, unit) without the axes along which it repeats itself.
+
+    So trials that miss the same entries share a factorisation, and hidden units leave a chain steady.
+    """
+    known = _PATTERNS.get(observed)
+    if known is None or known[0] != observed._version:
+        reduced = observed
+        for axis in (0, 1):
+            first = reduced.narrow(axis, 0, 1)
+            if bool((reduced == first).all()):
+                reduced = first
+        known = observed._version, reduced
+        _PATTERNS[observed] = known
+    return known[1]
 
 
 class _Moments(NamedTuple):

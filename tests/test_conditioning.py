@@ -21,6 +21,7 @@ from torch.distributions import MultivariateNormal
 from pyrodyn.conditioning import (
     find_mode,
     gaussian_evidence,
+    gaussian_potential,
     laplace_evidence,
     laplace_path,
     linearised_potential,
@@ -430,3 +431,25 @@ def test_bernoulli_that_is_always_one_has_a_finite_mode():
     assert bool(torch.isfinite(find_mode(*case.parts())).all()) and bool(
         torch.isfinite(laplace_evidence(*case.parts())).all()
     )
+
+
+@pytest.mark.parametrize("repeats", ["units", "bins", "trials", "nothing"])
+def test_a_mask_that_repeats_itself_shares_a_factorisation(repeats):
+    """The same evidence as with a mask that is spelled out, from fewer factors."""
+    generator = torch.Generator().manual_seed(0)
+    shape = {"units": (1, 1, 4), "bins": (1, 6, 4), "trials": (3, 1, 4), "nothing": (3, 6, 4)}[repeats]
+    observed = (torch.rand(shape, generator=generator) < 0.6).expand(3, 6, 4).clone()
+    eye = torch.eye(2, dtype=torch.float64)
+    prior = GaussMarkov.from_dynamics((0.9 * eye)[None], (0.19 * eye)[None], num_bins=6, initial_covariance=eye[None])
+    loading = torch.randn(1, 4, 2, generator=generator, dtype=torch.float64)
+    offset, noise = torch.zeros(1, 4, dtype=torch.float64), torch.ones(1, 4, dtype=torch.float64)
+    values = torch.randn(3, 6, 4, generator=generator, dtype=torch.float64)
+    zeros = torch.zeros(3, 6, 2, dtype=torch.float64)
+    readout = AffineReadout(Gaussian(), zeros, loading, offset, noise, observed)
+    assert gaussian_potential(readout, values)[0].shape[:2] == shape[:2]
+    posterior = prior.condition(*gaussian_potential(readout, values))
+    assert (posterior._steady is not None) == (shape[1] == 1)
+    full = torch.einsum("btu,ui,uj->btij", observed.double(), loading[0], loading[0])
+    expected = prior.condition(full, torch.where(observed, values, 0.0) @ loading[0])
+    torch.testing.assert_close(posterior.log_normaliser, expected.log_normaliser)
+    torch.testing.assert_close(posterior.mean, expected.mean)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 import zoo
@@ -140,3 +142,26 @@ def test_the_posterior_says_how_it_was_sampled():
     assert tree["posterior"].sizes["chain"] == 4 and tree["posterior"].sizes["draw"] == 4
     assert {"diverging", "acceptance_rate", "lp"} <= set(tree["sample_stats"].data_vars)
     assert "max_nested_r_hat" in tree.attrs["diagnostics"]
+
+
+def test_any_program_can_be_sampled_and_a_number_is_a_site():
+    """Two normal numbers, one positive, with one observation of their sum: their posterior by quadrature."""
+
+    def program(recording):
+        del recording
+        zero = torch.zeros((), dtype=torch.float64)
+        place = pyro.sample("place", dist.Normal(zero, 1.0))
+        spread = pyro.sample("spread", dist.LogNormal(zero, 0.5))
+        return pyro.sample("seen", dist.Normal(place, spread), obs=zero + 2.0)
+
+    recording = zoo.row("LDS-Gaussian").recording
+    samples = inference.HMC(draws=100, warmup=100, collapse=False).run(program, recording, seed=0).samples
+    grid = np.linspace(-6.0, 6.0, 801)
+    place, log_spread = np.meshgrid(grid, grid, indexing="ij")
+    weight = np.exp(
+        -0.5 * place**2 - 2.0 * log_spread**2 - log_spread - 0.5 * ((2.0 - place) / np.exp(log_spread)) ** 2
+    )
+    weight /= weight.sum()
+    assert samples["place"].shape == (64, 100)
+    assert float(samples["place"].mean()) == pytest.approx((weight * place).sum(), abs=0.06)
+    assert float(samples["spread"].log().mean()) == pytest.approx((weight * log_spread).sum(), abs=0.04)

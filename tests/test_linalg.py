@@ -15,6 +15,7 @@ from torch.autograd import gradcheck
 
 from pyrodyn.linalg import chain, square_roots
 from pyrodyn.linalg.chain import ChainFactor, factorise, log_normaliser
+from pyrodyn.linalg.matrix import precision_of
 
 SIZES = [(bins, dim) for bins in (1, 2, 3, 4, 5, 7, 8, 13) for dim in (1, 2, 3)]
 
@@ -245,6 +246,7 @@ def test_import_leaves_numba_alone_and_everything_works_without_it():
 import sys, torch
 import pyrodyn.linalg
 from pyrodyn.linalg.chain import ChainFactor, factorise, log_normaliser
+from pyrodyn.linalg.matrix import precision_of
 assert "numba" not in sys.modules
 sys.modules["numba"] = None  # as if it were not installed
 eye = torch.eye(2, dtype=torch.float64).expand(3, 2, 2)
@@ -254,6 +256,17 @@ print(float(log_normaliser(2 * eye, 0 * eye[1:], torch.ones(3, 2, dtype=torch.fl
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert float(finished.stdout) == pytest.approx(1.5 + 3.0 * math.log(math.pi))
+
+
+def test_precision_equals_the_inverse_and_has_its_gradient():
+    mixed = normal(0, 3, 4, 4)
+    covariance = mixed @ mixed.mT + 0.5 * torch.eye(4, dtype=torch.float64)
+    found, log_det = precision_of(covariance)
+    close(found, torch.linalg.inv(covariance))
+    close(log_det, torch.linalg.slogdet(covariance).logabsdet)
+    assert gradcheck(lambda m: precision_of(m @ m.mT + 0.5 * torch.eye(4)), mixed.clone().requires_grad_())
+    covariance[1] -= 20.0 * torch.eye(4)
+    assert torch.isfinite(precision_of(covariance)[0]).flatten(1).all(1).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("dim", [1, 2, 4])

@@ -28,7 +28,7 @@ from pyrodyn.linalg.chain import (
     spread_blocks,
     steady_log_normaliser,
 )
-from pyrodyn.linalg.matrix import cholesky
+from pyrodyn.linalg.matrix import precision_of
 
 if TYPE_CHECKING:
     from pyrodyn.linalg.compiled import CompiledFactor
@@ -159,10 +159,8 @@ class GaussMarkov(TorchDistribution):
         drift = None if drift is None else drift.to(torch.float64)
         initial_mean = None if initial_mean is None else initial_mean.to(torch.float64)
         dim = dynamics.shape[-1]
-        noise_root, initial_root = cholesky(process_noise), cholesky(initial_covariance)
-        identity = torch.eye(dim, dtype=dynamics.dtype, device=dynamics.device)
-        noise_precision = torch.cholesky_solve(identity.expand(noise_root.shape), noise_root)
-        initial_precision = torch.cholesky_solve(identity.expand(initial_root.shape), initial_root)
+        noise_precision, noise_log_det = precision_of(process_noise)
+        initial_precision, initial_log_det = precision_of(initial_covariance)
         batch = torch.broadcast_shapes(dynamics.shape[:-2], process_noise.shape[:-2], initial_covariance.shape[:-2])
         pushed = (dynamics.mT @ noise_precision).expand(*batch, dim, dim)  # A' Q^-1
         ahead = pushed @ dynamics
@@ -174,11 +172,8 @@ class GaussMarkov(TorchDistribution):
         later = num_bins - 1
         first = block(initial_precision + ahead) if later else block(initial_precision)
         blocks = torch.cat([first, block(noise_precision + ahead), block(noise_precision)], -3)
-        normaliser = (
-            0.5 * num_bins * dim * math.log(2.0 * math.pi)
-            + _log_diagonal(initial_root)
-            + later * _log_diagonal(noise_root)
-        )
+        constant = num_bins * dim * math.log(2.0 * math.pi)
+        normaliser = 0.5 * (constant + initial_log_det + later * noise_log_det)
         linear = blocks.new_zeros(num_bins, dim)
         if drift is not None:
             pulled = (noise_precision.unsqueeze(-3) @ drift.unsqueeze(-1)).squeeze(-1)
@@ -349,7 +344,3 @@ class GaussMarkov(TorchDistribution):
         if "_factor" in self.__dict__ and self.linear.dim() == expanded.linear.dim():
             expanded.__dict__["_factor"] = self._factor
         return expanded
-
-
-def _log_diagonal(root: Tensor) -> Tensor:
-    return root.diagonal(dim1=-2, dim2=-1).log().sum(-1)

@@ -101,7 +101,7 @@ class LogDensity:
     def _value(self, site: Site, vector: Tensor) -> tuple[Tensor, Tensor]:
         draws = vector.shape[:-1]
         lead = draws if site.local or not draws else (*draws, 1)
-        raw = vector[..., site.place].reshape(*lead, *site.unconstrained)
+        raw = vector[..., site.place].reshape((*lead, *site.unconstrained))
         value: Any = site.transform(raw)
         term = site.transform.log_abs_det_jacobian(raw, value)
         return value, term.reshape(*draws, -1).sum(-1)

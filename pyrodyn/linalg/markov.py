@@ -67,7 +67,7 @@ def sample_modes(
     arrays = [_array(part) for part in (initial, transition, likelihood)]
     filtered = np.empty(arrays[2].shape)
     _kernels().filter_logarithmic(*arrays, filtered)
-    shape = (len(filtered), samples, filtered.shape[1])
+    shape = (len(filtered), samples, likelihood.shape[-2])
     uniform = torch.rand(shape, dtype=torch.float64, generator=generator).numpy()
     drawn = np.empty(shape, np.int64)
     _kernels().draw(arrays[1], filtered, uniform, drawn)

@@ -15,9 +15,30 @@ def cholesky(matrix: Tensor) -> Tensor:
     return root
 
 
-def log_det_from_root(root: Tensor) -> Tensor:
-    """Log determinant of ``root @ root.mT`` for a triangular root."""
-    return 2.0 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+class _Precision(torch.autograd.Function):
+    """The inverse is its own derivative: one factorisation, and three products for the gradient."""
+
+    @staticmethod
+    def forward(ctx, covariance: Tensor) -> tuple[Tensor, Tensor]:
+        root = cholesky(covariance)
+        precision = torch.cholesky_inverse(root)
+        ctx.save_for_backward(precision)
+        return precision, 2.0 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_precision: Tensor, grad_log_det: Tensor):
+        (precision,) = ctx.saved_tensors
+        pulled = precision @ grad_precision @ precision
+        return grad_log_det[..., None, None] * precision - 0.5 * (pulled + pulled.mT)
+
+
+def precision_of(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse and log determinant of symmetric positive definite matrices (*batch, latent, latent).
+
+    An element that is not positive definite becomes NaN. Differentiable once.
+    """
+    return _Precision.apply(covariance)
 
 
 class _SquareRoots(torch.autograd.Function):
