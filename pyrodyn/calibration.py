@@ -22,6 +22,7 @@ import xarray as xr
 from pyro import poutine
 from torch import Tensor
 
+from pyrodyn.errors import ModelError
 from pyrodyn.inference import HMC, LogDensity, collapse
 from pyrodyn.inference.engine import Engine, ReplicatingEngine, double_precision, random_stream
 from pyrodyn.program import LatentModel, Program, globals_given, is_random, log_terms, specification
@@ -60,7 +61,7 @@ def calibrate(
     seed : int
     program : Program, optional
         What is fitted, in place of the model with its path integrated out: the test of the test plants a fault here. It
-        has the model's global sites.
+        has the model's global sites, and its path integrated out.
 
     Returns
     -------
@@ -75,7 +76,7 @@ def calibrate(
     """
     engine = HMC(chains=16, draws=25, warmup=100) if engine is None else engine
     blank = like.blank()
-    program = collapse(model) if program is None else program
+    fitted, program = program, collapse(model) if program is None else program
     with double_precision(), torch.no_grad():
         with random_stream(seed), pyro.plate("replicate", replicates, dim=-2):
             trace = poutine.trace(model).get_trace(blank)
@@ -85,8 +86,11 @@ def calibrate(
             observations = torch.where(like.mask, observations, 0.0)  # hidden entries are 0, as in a recording
         observations = observations.unsqueeze(1)  # (replicate, 1, trial, time, unit)
         sites.pop("latent", None)
-        if isinstance(engine, ReplicatingEngine):
+        # An engine that was told to sample the path does so for one recording at a time.
+        if isinstance(engine, ReplicatingEngine) and getattr(engine, "collapse", None) is not False:
             places = _batched(model, blank, engine, program, sites, observations, seed)
+        elif fitted is not None:
+            raise ModelError(f"program is for engines with a method replicate, such as HMC(), got {engine!r}")
         else:
             places = _one_by_one(model, like, engine, sites, observations, seed)
     return summarise(places).assign_attrs(

@@ -13,6 +13,7 @@ does not.
 from __future__ import annotations
 
 import math
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,7 @@ def gaussian_evidence(prior: GaussMarkov, readout: AffineReadout, observations: 
     return at_zero + posterior.log_normaliser - prior.log_normaliser
 
 
-_PATTERNS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # mask -> (version, the least of it that says all)
+_PATTERNS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # mask -> (version, axes along which it repeats itself)
 
 
 def _pattern(observed: Tensor) -> Tensor:
@@ -78,16 +79,16 @@ def _pattern(observed: Tensor) -> Tensor:
 
     So trials that miss the same entries share a factorisation, and hidden units leave a chain steady.
     """
-    known = _PATTERNS.get(observed)
+    keep = not observed.is_inference()
+    known = _PATTERNS.get(observed) if keep else None
     if known is None or known[0] != observed._version:
-        reduced = observed
-        for axis in (0, 1):
-            first = reduced.narrow(axis, 0, 1)
-            if bool((reduced == first).all()):
-                reduced = first
-        known = observed._version, reduced
-        _PATTERNS[observed] = known
-    return known[1]
+        axes = tuple(axis for axis in (0, 1) if bool((observed == observed.narrow(axis, 0, 1)).all()))
+        known = observed._version if keep else 0, axes
+        if keep:
+            _PATTERNS[observed] = known
+    for axis in known[1]:
+        observed = observed.narrow(axis, 0, 1)
+    return observed
 
 
 class _Moments(NamedTuple):
@@ -104,16 +105,18 @@ _KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # observations -> (
 
 def _moments(observations: Tensor, observed: Tensor | None) -> _Moments:
     """Moments of the observations: parameters do not enter, so they are computed once for a recording."""
-    known = _KNOWN.get(observations)
-    if known is not None and known[0] == observations._version and known[1] is observed:
+    keep = not (observations.requires_grad or torch.is_inference_mode_enabled() or observations.is_inference())
+    known = _KNOWN.get(observations) if keep else None
+    if known is not None and known[0] == observations._version and known[1]() is observed:
         return known[2]
     seen = torch.ones_like(observations) if observed is None else observed.to(observations.dtype)
     values = observations if observed is None else torch.where(observed, observations, 0.0)
     middle = values.sum((-3, -2), keepdim=True) / seen.sum((-3, -2), keepdim=True).clamp(min=1.0)
     centred = (values - middle) * seen
     found = _Moments(seen.sum(-2), middle, centred.sum(-2), centred.square().sum(-2))
-    if not observations.requires_grad:
-        _KNOWN[observations] = (observations._version, observed, found)
+    if keep:
+        mask = (lambda: None) if observed is None else weakref.ref(observed)
+        _KNOWN[observations] = (observations._version, mask, found)
     return found
 
 

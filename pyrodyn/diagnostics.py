@@ -47,19 +47,19 @@ def diagnose(invariants: xr.Dataset, stats: xr.Dataset, superchains: int | None 
     """
     if "log_q" in stats:
         return _of_weights(stats)
-    if invariants.sizes["draw"] < LEAST_DRAWS:
-        return Diagnosis({})
     name, function = ("max_r_hat", arviz_stats.rhat)
-    if superchains is not None and superchains > 1:
-        name, function = "max_nested_r_hat", lambda draws: nested_rhat(draws, superchains)
+    groups = superchains or 1
+    if invariants.sizes["draw"] < LEAST_DRAWS and not 1 < groups < invariants.sizes["chain"]:
+        return Diagnosis({})
+    if groups > 1:
+        name, function = "max_nested_r_hat", lambda draws: nested_rhat(draws, groups)
+    found: dict[str, float] = {}
     with np.errstate(all="ignore"):
-        found = {
-            name: _extreme(function(invariants), np.nanmax),
-            "min_bulk_ess": _extreme(arviz_stats.ess(invariants), np.nanmin),
-        }
+        found[name] = worst = _extreme(function(invariants), np.max)
+        if invariants.sizes["draw"] >= LEAST_DRAWS:
+            found["min_bulk_ess"] = _extreme(arviz_stats.ess(invariants), np.min)
     values = {key: value for key, value in found.items() if math.isfinite(value)}
-    worst = values.get(name, 1.0)
-    if worst <= LARGEST_R_HAT:
+    if math.isnan(worst) or worst <= LARGEST_R_HAT:
         return Diagnosis(values)
     kind = "nested R-hat" if "nested" in name else "R-hat"
     return Diagnosis(values, (f"{kind} of the invariants reaches {worst:.2f}: raise warmup and draws",))
@@ -91,7 +91,9 @@ def nested_rhat(draws: xr.Dataset, superchains: int) -> xr.Dataset:
         within = grouped.var(-1, ddof=1).mean(-1) if grouped.shape[-1] > 1 else np.zeros(means.shape[:-1])
         if means.shape[-1] > 1:
             within = within + means.var(-1, ddof=1)
-        return np.sqrt(1.0 + means.mean(-1).var(-1, ddof=1) / within.mean(-1))
+        between, within = means.mean(-1).var(-1, ddof=1), within.mean(-1)
+        rounding = (1e-12 * np.abs(values).max((-2, -1))) ** 2  # variances below it are zeros
+        return np.sqrt(1.0 + np.where(between > rounding, between, 0.0) / np.where(within > rounding, within, 0.0))
 
     return xr.apply_ufunc(of_array, draws, input_core_dims=[["chain", "draw"]])
 
@@ -99,7 +101,7 @@ def nested_rhat(draws: xr.Dataset, superchains: int) -> xr.Dataset:
 def _extreme(found: xr.Dataset, choose) -> float:
     """The largest or smallest of all variables; those that cannot be computed, of constants, are left out."""
     values = np.concatenate([np.ravel(variable.values) for variable in found.data_vars.values()])
-    values = values[np.isfinite(values)]
+    values = values[~np.isnan(values)]
     return float(choose(values)) if len(values) else math.nan
 
 

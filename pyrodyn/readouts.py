@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -333,9 +332,9 @@ class AffineReadout(TorchDistribution):
         batch = torch.broadcast_shapes(path.shape[:-2], loading.shape[:-2], offset.shape[:-1])
         super().__init__(batch, torch.Size((path.shape[-2], loading.shape[-2])), validate_args=False)
 
-    @cached_property
+    @property
     def predictor(self) -> Tensor:
-        """The predictor (*batch, time, unit) of the path; nothing is computed before it is asked for."""
+        """The predictor (*batch, time, unit) of the path; computed when asked for, as most uses want another path's."""
         return self.predict(self.path)
 
     def predict(self, path: Tensor) -> Tensor:
@@ -389,6 +388,8 @@ _FACTORIALS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # counts -> (v
 
 def _log_factorial(counts: Tensor) -> Tensor:
     """Parameters do not enter: computed once for a recording."""
+    if counts.requires_grad or torch.is_inference_mode_enabled() or counts.is_inference():
+        return torch.lgamma(counts + 1.0)
     known = _FACTORIALS.get(counts)
     if known is None or known[0] != counts._version:
         known = counts._version, torch.lgamma(counts + 1.0)

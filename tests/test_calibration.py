@@ -12,6 +12,7 @@ import zoo
 import pyrodyn as dyn
 from pyrodyn import inference, models, plots, readouts
 from pyrodyn.calibration import summarise
+from pyrodyn.errors import ModelError
 from pyrodyn.inference import LogDensity, collapse
 from pyrodyn.inference.engine import double_precision
 from pyrodyn.recording import Recording
@@ -89,3 +90,8 @@ def test_flags_follow_the_rule():
     assert found["flagged"].values.tolist() == [False, True]
     assert float(found["coverage"].sel(quantity="narrow", level=0.5)) > float(found["bounds"][0, 1])
     assert 0.8 < float(found["bounds"].sel(level=0.9, side="lower")) < 0.9
+
+
+def test_a_program_for_an_engine_that_would_ignore_it_is_refused():
+    with pytest.raises(ModelError, match="program is for engines with a method replicate"):
+        dyn.calibrate(MODEL, like(), inference.SVI(steps=2), replicates=2, program=collapse(MODEL))

@@ -51,3 +51,15 @@ def test_nested_r_hat_trusts_many_short_chains_where_r_hat_cannot():
 def test_a_constant_alone_is_not_diagnosed():
     constant = xr.Dataset({"x": (DRAW, np.ones((4, 10)))})
     assert "max_r_hat" not in diagnose(constant, xr.Dataset()).values
+
+
+@pytest.mark.parametrize("draws", [1, 8, 25, 32, 64])
+def test_chains_that_never_left_their_start_are_reported(draws):
+    still = np.repeat(np.arange(4.0) + 0.1, 16)[:, None] * np.ones(draws)
+    found = diagnose(xr.Dataset({"x": (DRAW, still)}), xr.Dataset(), superchains=4)
+    assert "nested R-hat of the invariants reaches inf" in found.complaints[0]
+
+
+def test_one_draw_of_many_chains_is_diagnosed():
+    apart = diagnose(xr.Dataset({"x": (DRAW, chains(10.0, draws=1))}), xr.Dataset(), superchains=4)
+    assert apart.values["max_nested_r_hat"] > 5.0 and apart.complaints

@@ -242,6 +242,22 @@ def test_the_climb_only_goes_up_and_ends_where_scipy_does():
     np.testing.assert_allclose(density.gradient(modes)[0].numpy(), -expected.fun, rtol=0, atol=1e-6)
 
 
+class _Bowls:
+    """A quadratic, and beside it a ridge on which no line search ends."""
+
+    def gradient(self, place: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        value, slope = -0.5 * place.square().sum(-1), -place
+        lying = torch.tensor([False, True])
+        return torch.where(lying, -place.abs().sum(-1), value), torch.where(lying.unsqueeze(-1), place.sign(), slope)
+
+
+def test_a_replicate_that_cannot_climb_harms_no_other_and_is_not_called_converged():
+    start = torch.tensor([[0.1, 5.0, -4.0], [1.0, 1.0, 1.0]], dtype=torch.float64)
+    modes, converged = ascend(_Bowls(), start, 50, "test")  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(modes[0], torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-5)
+    assert converged.tolist() == [True, False]
+
+
 def test_a_direction_without_curvature_is_counted_and_lifted():
     hessian = torch.diag(torch.tensor([4.0, 0.0, -1.0], dtype=torch.float64))
     root, flat = covariance_root(hessian, 1e-4)

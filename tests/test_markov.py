@@ -160,3 +160,20 @@ def test_long_chains_agree_on_every_route(monkeypatch):
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"time - 1 or 1, mode, mode.*\(3,\), \(2, 3, 3\) and \(5, 3\)"):
         mode_log_normaliser(normal(0, 3), normal(1, 2, 3, 3), normal(2, 5, 3))
+
+
+def test_marginals_of_a_shared_likelihood_are_those_of_each_element(route):
+    initial, transition, likelihood = normal(0, 5, 2), normal(1, 1, 2, 2), normal(2, 4, 2)
+    marginal, _ = mode_marginals(initial, transition, likelihood)
+    assert marginal.shape == (5, 4, 2)
+    torch.testing.assert_close(marginal.sum(-1), torch.ones(5, 4, dtype=torch.float64))
+    found = mode_log_normaliser(initial, torch.zeros(0, 2, 2, dtype=torch.float64), likelihood[:1])
+    torch.testing.assert_close(found, torch.logsumexp(initial + likelihood[0], -1))
+
+
+def test_nan_is_an_error_and_not_an_impossibility():
+    pytest.importorskip("numba")
+    likelihood = normal(2, 4, 2)
+    likelihood[1, 0] = torch.nan
+    with pytest.raises(ValueError, match="must not be NaN"):
+        mode_log_normaliser(normal(0, 2), normal(1, 1, 2, 2), likelihood)

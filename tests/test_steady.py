@@ -102,3 +102,18 @@ def test_a_chain_stays_steady_under_what_is_the_same_in_every_bin():
     assert each._steady is None
     torch.testing.assert_close(chain.condition(same, linear).log_normaliser, each.log_normaliser)
     torch.testing.assert_close(chain.condition(same, linear).mean, each.mean)
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e3, 1e6])
+def test_rest_does_not_depend_on_the_units_of_a_latent(unit):
+    """One slow latent beside a fast one that is measured in other units."""
+    dynamics = torch.diag(torch.tensor([0.999, 0.7], dtype=torch.float64))
+    scale = torch.diag(torch.tensor([1.0, unit], dtype=torch.float64))
+    noise = scale @ (torch.eye(2, dtype=torch.float64) - dynamics @ dynamics) @ scale
+    chain = GaussMarkov.from_dynamics(dynamics, noise, num_bins=5000, initial_covariance=scale @ scale)
+    own = (
+        torch.linalg.inv(scale) @ torch.tensor([[1.0, 0.4], [0.4, 0.5]], dtype=torch.float64) @ torch.linalg.inv(scale)
+    )
+    posterior = chain.condition(own.unsqueeze(-3), normal(0, 5000, 2) @ torch.linalg.inv(scale))
+    full = log_normaliser(posterior.diagonal, posterior.upper, posterior.linear)
+    torch.testing.assert_close(posterior.log_normaliser, full, rtol=1e-11, atol=1e-7)

@@ -42,7 +42,8 @@ class HMC:
     draws : int
         In each chain, after the warm-up. Many short chains: 64 x 50 draws by default.
     warmup : int
-        Transitions in which step size, trajectory length (by the ChEES criterion) and mass matrix adapt.
+        Transitions in which step size, trajectory length (by the ChEES criterion, which needs two chains or more) and
+        mass matrix adapt.
     chains : int
     superchains : int
         Groups of chains. All chains of a group start at one point, the groups start far from each other: so that nested
@@ -50,7 +51,7 @@ class HMC:
     target_acceptance : float
         Mean over chains.
     dense_mass : bool, optional
-        None: dense up to 300 coordinates.
+        None: dense up to 300 coordinates; replicates of a calibration always have a dense one.
     collapse : bool, optional
         None integrates the path out where it can be; False samples it, in whitened coordinates.
 
@@ -73,6 +74,8 @@ class HMC:
     collapse: bool | None = None
 
     def __post_init__(self) -> None:
+        if self.draws < 1 or self.warmup < 0:
+            raise ModelError(f"draws must be 1 or more and warmup 0 or more, got {self.draws} and {self.warmup}")
         if self.superchains < 1 or self.chains < 1 or self.chains % self.superchains:
             raise ModelError(
                 f"chains must be a multiple of superchains, got chains={self.chains} and superchains="

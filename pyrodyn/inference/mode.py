@@ -38,6 +38,7 @@ def ascend(
         )
     pairs: list[tuple[Tensor, Tensor, Tensor]] = []
     active = slope.abs().amax(-1) > FLAT
+    stuck = torch.zeros_like(active)  # no step along the last direction went up
     with progress(max_steps, label) as bar:
         for _ in range(max_steps):
             if not bool(active.any()):
@@ -53,9 +54,10 @@ def ascend(
             won = value_ahead - value
             place, value, slope = ahead, value_ahead, slope_ahead
             larger = torch.maximum(value.abs(), (value - won).abs()).clamp(min=1.0)
-            active = active & (won > tolerance * larger) & (slope.abs().amax(-1) > FLAT) & (size > 0.0)
+            stuck = stuck | (active & (size == 0.0))
+            active = active & (won > tolerance * larger) & (slope.abs().amax(-1) > FLAT)
             bar.update()
-    return place, ~active
+    return place, ~active & ~stuck
 
 
 def _direction(slope: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
@@ -79,6 +81,7 @@ def _search(
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Bisect every replicate's step until the weak conditions of Wolfe hold; a size of zero where none goes up."""
     lower, upper = torch.zeros_like(size), torch.full_like(size, torch.inf)
+    too_far = too_near = torch.zeros_like(size, dtype=torch.bool)
     for _ in range(TRIALS):
         ahead = place + size.unsqueeze(-1) * step
         value_ahead, slope_ahead = density.gradient(ahead)
@@ -90,7 +93,7 @@ def _search(
         lower = torch.where(too_near, size, lower)
         middle = torch.where(torch.isinf(upper), 2.0 * size, 0.5 * (lower + upper))
         size = torch.where((too_far | too_near) & (size > 0.0), middle, size)
-    size = lower
+    size = torch.where(too_far | too_near, lower, size)
     ahead = place + size.unsqueeze(-1) * step
     return size, (ahead, *density.gradient(ahead))
 

@@ -21,18 +21,32 @@ import numpy as np
 
 from pyrodyn.linalg._kernels import backward_step, factor_step, forward_step, inlined, inverse_step, kernel
 
-AT_REST = 1e-15  # largest change from one bin to the next, as a share of the largest entry
+AT_REST = 1e-15  # largest change of an entry from one bin to the next, in units of its row and column
 
 
 @inlined
-def _at_rest(blocks, b, s, p, dim):
-    """Whether the lower triangles of slots s and p are equal to rounding."""
-    largest, change = 0.0, 0.0
+def _factor_at_rest(root, b, s, p, dim):
+    """Whether the factors of slots s and p are equal to rounding, whatever the units of each latent.
+
+    The diagonal of ``root`` holds reciprocals.
+    """
+    for i in range(dim):
+        if abs(root[b, s, i, i] - root[b, p, i, i]) > AT_REST * abs(root[b, s, i, i]):
+            return False
+        for j in range(i):
+            if abs(root[b, s, i, j] - root[b, p, i, j]) * abs(root[b, s, i, i]) > AT_REST:
+                return False
+    return True
+
+
+@inlined
+def _covariance_at_rest(covariance, s, p, dim):
     for i in range(dim):
         for j in range(i + 1):
-            largest = max(largest, abs(blocks[b, s, i, j]))
-            change = max(change, abs(blocks[b, s, i, j] - blocks[b, p, i, j]))
-    return change <= AT_REST * largest
+            unit = math.sqrt(covariance[0, s, i, i] * covariance[0, s, j, j])
+            if not abs(covariance[0, s, i, j] - covariance[0, p, i, j]) <= AT_REST * unit:
+                return False
+    return True
 
 
 @kernel("blocks blocks strided blocks blocks blocks rows index")
@@ -51,7 +65,7 @@ def evaluate(blocks, upper, columns, root, link, white, value, used, known):
                 at = 0 if t == 0 else (2 if t == last else 1)
                 ahead = 0 if t < last else -1
                 step = factor_step(blocks, b, at, upper, b, ahead, root, link, work, b, s, dim)
-                resting = 1 < t < last and _at_rest(root, b, s, s - 1, dim)
+                resting = 1 < t < last and _factor_at_rest(root, b, s, s - 1, dim)
             log_det += step
             forward_step(root, link, columns, white, b, t, s, before, dim)
             for i in range(dim):
@@ -112,7 +126,7 @@ def differentiate(root, link, white, used, grad, moments, means, known):
                 after = own if t < last else -1
                 own = 1 - own
                 inverse_step(root, link, covariance, cross, work, b, s, 0, own, after, dim)
-                resting = 0 < t < last - 1 and s == stays and _at_rest(covariance, 0, own, after, dim)
+                resting = 0 < t < last - 1 and s == stays and _covariance_at_rest(covariance, own, after, dim)
                 place = 0 if t == 0 else (2 if t == last else 1)
                 for i in range(dim):
                     for j in range(dim):

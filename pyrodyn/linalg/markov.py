@@ -50,8 +50,10 @@ def mode_log_normaliser(initial: Tensor, transition: Tensor, likelihood: Tensor)
 def mode_marginals(initial: Tensor, transition: Tensor, likelihood: Tensor) -> tuple[Tensor, Tensor]:
     """Posterior probabilities of modes (*batch, time, mode), and of pairs of them, in the shape of ``transition``.
 
-    Those of pairs are summed over what shares a transition.
+    Those of pairs are summed over what shares a transition, batch elements and bins.
     """
+    batch = _aligned(initial, transition, likelihood)[-1]
+    likelihood = likelihood.expand(*batch, *likelihood.shape[-2:])
     leaves = [part.detach().requires_grad_() for part in (initial, transition, likelihood)]
     with torch.enable_grad():
         value = mode_log_normaliser(*leaves).sum()
@@ -94,6 +96,8 @@ def _aligned(initial: Tensor, transition: Tensor, likelihood: Tensor) -> tuple[T
             "initial, transition and likelihood must be (*batch, mode), (*batch, time - 1 or 1, mode, mode) and "
             f"(*batch, time, mode), got {tuple(initial.shape)}, {tuple(transition.shape)} and {tuple(likelihood.shape)}"
         )
+    if steps == 0:  # of one bin: no transition is ever made
+        transition = torch.zeros_like(likelihood[..., :1, :, None] * likelihood[..., :1, None, :])
     batch = torch.broadcast_shapes(initial.shape[:-1], transition.shape[:-3], likelihood.shape[:-2])
     initial = initial.expand(*batch, modes).reshape(-1, modes)
     likelihood = likelihood.expand(*batch, time, modes).reshape(-1, time, modes)
@@ -114,6 +118,10 @@ class _ModeLogNormaliser(torch.autograd.Function):
         top = likelihood.amax(-1, keepdim=True)
         rarest = torch.minimum((transition - commonest).amin(), (initial - first).amin())
         ctx.scaled = bool(rarest > RAREST) and bool(torch.isfinite(top).all())
+        if bool(torch.isnan(top).any() | torch.isnan(rarest)):
+            raise ValueError(
+                "initial, transition and likelihood must not be NaN; look at the log density of the readout"
+            )
         if not ctx.scaled:
             arrays = [_array(part) for part in (initial, transition, likelihood)]
             filtered = np.empty(arrays[2].shape)
