@@ -63,11 +63,13 @@ def gaussian_evidence(prior: GaussMarkov, readout: AffineReadout, observations: 
     """Exact log p(y | parameters) of every trial; units enter only through their weighted sums."""
     posterior = prior.condition(*gaussian_potential(readout, observations))
     # Log density of the observations at a path of zeros, from sums over bins: no (draw, trial, time, unit) tensor.
-    count, middle, total, square = _moments(observations, readout.observed)
+    middle, sums = _moments(observations, readout.observed)
     offset = readout.offset.squeeze(-2) - middle.squeeze(-2)
     sd = readout.noise.squeeze(-2)
-    misfit = square - 2.0 * total * offset + count * offset.square()
-    at_zero = -0.5 * (misfit / sd.square()).sum(-1) - (count * (sd.log() + 0.5 * math.log(2.0 * math.pi))).sum(-1)
+    weight = sd.square().reciprocal()
+    pull = offset * weight
+    constant = offset * pull + 2.0 * sd.log() + math.log(2.0 * math.pi)
+    at_zero = -0.5 * (sums @ torch.cat([weight.expand_as(pull), -2.0 * pull, constant], -1).mT).squeeze(-1)
     return at_zero + posterior.log_normaliser - prior.log_normaliser
 
 
@@ -92,12 +94,10 @@ def _pattern(observed: Tensor) -> Tensor:
 
 
 class _Moments(NamedTuple):
-    """Sums over the observed bins of a trial, (*batch, trial, unit), about the middle (*batch, 1, 1, unit)."""
+    """The middle of every unit (*batch, 1, 1, unit), and sums over the observed bins of a trial about it."""
 
-    count: Tensor
     middle: Tensor
-    total: Tensor
-    square: Tensor
+    sums: Tensor  # of squares, of values, and of ones: (*batch, trial, 3 x unit)
 
 
 _KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # observations -> (version, mask, moments)
@@ -113,7 +113,7 @@ def _moments(observations: Tensor, observed: Tensor | None) -> _Moments:
     values = observations if observed is None else torch.where(observed, observations, 0.0)
     middle = values.sum((-3, -2), keepdim=True) / seen.sum((-3, -2), keepdim=True).clamp(min=1.0)
     centred = (values - middle) * seen
-    found = _Moments(seen.sum(-2), middle, centred.sum(-2), centred.square().sum(-2))
+    found = _Moments(middle, torch.cat([centred.square().sum(-2), centred.sum(-2), seen.sum(-2)], -1))
     if keep:
         mask = (lambda: None) if observed is None else weakref.ref(observed)
         _KNOWN[observations] = (observations._version, mask, found)
