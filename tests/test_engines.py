@@ -131,11 +131,12 @@ def test_collapsed_and_path_sampled_nuts_agree():
 def test_collapsed_and_path_sampled_hmc_agree():
     """On paths of 120 bins in all, and with NUTS as well."""
     size = (4, 30, 3)
-    collapsed, _ = invariants(inference.HMC(warmup=100), size)
-    sampled, tree = invariants(inference.HMC(warmup=100, collapse=False), size)
+    options = {"chains": 16, "draws": 80, "warmup": 80}
+    collapsed, _ = invariants(inference.HMC(**options), size)
+    sampled, tree = invariants(inference.HMC(**options, collapse=False), size)
     assert tree.attrs["path_treatment"].startswith("sampled")
     within_error(collapsed, sampled)
-    nuts, _ = invariants(inference.NUTS(draws=250, warmup=100, chains=2), size)
+    nuts, _ = invariants(inference.NUTS(draws=200, warmup=80, chains=1), size)
     within_error(collapsed, nuts)
 
 
