@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.linalg import log_normaliser
+from pyrodyn.linalg.matrix import broadcast_shapes
 from pyrodyn.readouts import AffineReadout
 
 MAX_NEWTON_STEPS = 100
@@ -165,7 +166,7 @@ def find_mode(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) 
     make a sampler's target depend on its history. Each batch element stops by itself when its step is below
     `TOLERANCE`.
     """
-    batch = torch.broadcast_shapes(prior.batch_shape, readout.batch_shape)
+    batch = broadcast_shapes(prior.batch_shape, readout.batch_shape)
     state = prior.mean.expand(batch + prior.event_shape)
     predictor = readout.predict(state)
     fit, score, curvature = readout.expand_log(predictor, observations)

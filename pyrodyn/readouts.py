@@ -29,6 +29,7 @@ from torch.nn.functional import softplus
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyrodyn.errors import ReadoutError
+from pyrodyn.linalg.matrix import broadcast_shapes
 from pyrodyn.recording import Recording
 
 __all__ = ["AffineReadout", "Bernoulli", "Gaussian", "NegativeBinomial", "Poisson", "Readout"]
@@ -329,7 +330,7 @@ class AffineReadout(TorchDistribution):
         self.law, self.path, self.loading, self.observed = law, path, loading, observed
         self.offset = offset.unsqueeze(-2)
         self.noise: Any = None if noise is None else noise.to(torch.float64).unsqueeze(-2)
-        batch = torch.broadcast_shapes(path.shape[:-2], loading.shape[:-2], offset.shape[:-1])
+        batch = broadcast_shapes(path.shape[:-2], loading.shape[:-2], offset.shape[:-1])
         super().__init__(batch, torch.Size((path.shape[-2], loading.shape[-2])), validate_args=False)
 
     @property

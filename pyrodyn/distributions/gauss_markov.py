@@ -28,7 +28,7 @@ from pyrodyn.linalg.chain import (
     spread_blocks,
     steady_log_normaliser,
 )
-from pyrodyn.linalg.matrix import precision_of
+from pyrodyn.linalg.matrix import broadcast_shapes, precision_of
 
 if TYPE_CHECKING:
     from pyrodyn.linalg.compiled import CompiledFactor
@@ -108,11 +108,11 @@ class GaussMarkov(TorchDistribution):
             )
         self.__dict__ |= {"diagonal": diagonal, "upper": upper}
         self._steady: tuple[Tensor, Tensor] | None = None
-        self._describe(linear, normaliser, torch.broadcast_shapes(diagonal.shape[:-3], upper.shape[:-3]))
+        self._describe(linear, normaliser, broadcast_shapes(diagonal.shape[:-3], upper.shape[:-3]))
 
     def _describe(self, linear: Tensor, normaliser: Tensor | None, batch: torch.Size) -> None:
         self.linear, self._known_normaliser = linear, normaliser
-        batch = torch.broadcast_shapes(batch, linear.shape[:-2])
+        batch = broadcast_shapes(batch, linear.shape[:-2])
         super().__init__(batch, linear.shape[-2:], validate_args=False)
 
     @classmethod
@@ -120,7 +120,7 @@ class GaussMarkov(TorchDistribution):
         """A chain that is the same in every bin but the first and the last; see `steady_log_normaliser`."""
         chain = cls.__new__(cls)
         chain._steady = blocks, upper
-        chain._describe(linear, normaliser, torch.broadcast_shapes(blocks.shape[:-3], upper.shape[:-3]))
+        chain._describe(linear, normaliser, broadcast_shapes(blocks.shape[:-3], upper.shape[:-3]))
         return chain
 
     @classmethod
@@ -161,7 +161,7 @@ class GaussMarkov(TorchDistribution):
         dim = dynamics.shape[-1]
         noise_precision, noise_log_det = precision_of(process_noise)
         initial_precision, initial_log_det = precision_of(initial_covariance)
-        batch = torch.broadcast_shapes(dynamics.shape[:-2], process_noise.shape[:-2], initial_covariance.shape[:-2])
+        batch = broadcast_shapes(dynamics.shape[:-2], process_noise.shape[:-2], initial_covariance.shape[:-2])
         pushed = (dynamics.mT @ noise_precision).expand(*batch, dim, dim)  # A' Q^-1
         ahead = pushed @ dynamics
         noise_precision = noise_precision.expand(*batch, dim, dim)
@@ -230,7 +230,7 @@ class GaussMarkov(TorchDistribution):
     @_kept
     def _marginals(self) -> tuple[Tensor, Tensor]:
         covariance, cross = self._factor.marginals()
-        lead = torch.broadcast_shapes(self.diagonal.shape[:-3], self.upper.shape[:-3])
+        lead = broadcast_shapes(self.diagonal.shape[:-3], self.upper.shape[:-3])
         lead = (1,) * (len(self.batch_shape) - len(lead)) + tuple(lead)
         covariance = covariance.reshape(lead + covariance.shape[-3:])
         cross = cross.reshape(lead + cross.shape[-3:])
@@ -307,7 +307,7 @@ class GaussMarkov(TorchDistribution):
     @property
     def log_whitening_jacobian(self) -> Tensor:
         """``log |dx / dnoise|`` of `transform`, (*batch)."""
-        lead = torch.broadcast_shapes(self.diagonal.shape[:-3], self.upper.shape[:-3])
+        lead = broadcast_shapes(self.diagonal.shape[:-3], self.upper.shape[:-3])
         return (-0.5 * self._factor.log_det).reshape(lead).expand(self.batch_shape)
 
     def entropy(self) -> Tensor:

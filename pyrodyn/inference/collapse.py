@@ -20,6 +20,7 @@ from torch.distributions import constraints
 from pyrodyn.conditioning import path_evidence, path_given
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.errors import CollapseError
+from pyrodyn.linalg.matrix import broadcast_shapes
 from pyrodyn.program import OBSERVATION_DIMS, Program, StateSpaceModel, trial_plate
 from pyrodyn.readouts import AffineReadout
 from pyrodyn.recording import Recording
@@ -110,7 +111,7 @@ class MarginalReadout(TorchDistribution):
 
     def __init__(self, prior: GaussMarkov, readout: AffineReadout) -> None:
         self.prior, self.readout = prior, readout
-        batch = torch.broadcast_shapes(prior.batch_shape, readout.batch_shape)
+        batch = broadcast_shapes(prior.batch_shape, readout.batch_shape)
         super().__init__(batch, readout.event_shape, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:

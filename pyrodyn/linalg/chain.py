@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.function import once_differentiable
 
-from pyrodyn.linalg.matrix import cholesky
+from pyrodyn.linalg.matrix import broadcast_shapes, cholesky
 
 if TYPE_CHECKING:
     from pyrodyn.linalg.compiled import CompiledFactor
@@ -174,7 +174,7 @@ def factorise(diagonal: Tensor, upper: Tensor) -> ChainFactor | CompiledFactor:
     compiled = None if recorded else _compiled_for(diagonal, upper)
     if compiled is None:
         return ChainFactor(diagonal, upper)
-    batch = _broadcast(diagonal.shape[:-3], upper.shape[:-3])
+    batch = broadcast_shapes(diagonal.shape[:-3], upper.shape[:-3])
     own, above = _expand(diagonal, batch + diagonal.shape[-3:]), _expand(upper, batch + upper.shape[-3:])
     return compiled.CompiledFactor(own, above, parallel=lambda: ChainFactor(diagonal, upper))
 
@@ -289,8 +289,8 @@ def as_columns(diagonal: Tensor, upper: Tensor, linear: Tensor) -> tuple[Tensor,
     """Bring batch dimensions in which the precision has size one to the columns of one solve."""
     rank = max(diagonal.dim() - 3, linear.dim() - 2)
     diagonal, upper, linear = _lead(diagonal, rank + 3), _lead(upper, rank + 3), _lead(linear, rank + 2)
-    lead = _broadcast(diagonal.shape[:-3], upper.shape[:-3])
-    batch = _broadcast(lead, linear.shape[:-2])
+    lead = broadcast_shapes(diagonal.shape[:-3], upper.shape[:-3])
+    batch = broadcast_shapes(lead, linear.shape[:-2])
     shared = tuple(i for i in range(rank) if lead[i] == 1)
     kept = tuple(i for i in range(rank) if lead[i] != 1)
     diagonal, upper = _expand(diagonal, lead + diagonal.shape[-3:]), _expand(upper, lead + upper.shape[-3:])
@@ -322,10 +322,6 @@ def from_columns(columns: Tensor, layout: ColumnLayout) -> Tensor:
 def _lead(tensor: Tensor, rank: int) -> Tensor:
     """Dimensions of size one in front, as many as are missing."""
     return tensor if tensor.dim() >= rank else tensor[(None,) * (rank - tensor.dim())]
-
-
-def _broadcast(first: torch.Size, second: torch.Size) -> torch.Size:
-    return first if first == second else torch.broadcast_shapes(first, second)  # which is slow
 
 
 def _expand(tensor: Tensor, shape: torch.Size) -> Tensor:

@@ -7,6 +7,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def broadcast_shapes(*shapes: tuple[int, ...]) -> torch.Size:
+    """What torch's function of this name gives, in a tenth of the time: it is called for every density."""
+    found = [1] * max(len(shape) for shape in shapes)
+    for shape in shapes:
+        for axis in range(-len(shape), 0):
+            size = shape[axis]
+            if size != 1 and found[axis] != size:
+                if found[axis] != 1:
+                    return torch.broadcast_shapes(*shapes)  # raises, and says why
+                found[axis] = size
+    return torch.Size(found)
+
+
 def cholesky(matrix: Tensor) -> Tensor:
     """Lower Cholesky factor; a batch element that is not positive definite becomes NaN and no other is touched."""
     root, info = torch.linalg.cholesky_ex(matrix)
