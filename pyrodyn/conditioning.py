@@ -114,7 +114,8 @@ def _moments(observations: Tensor, observed: Tensor | None) -> _Moments:
     values = observations if observed is None else torch.where(observed, observations, 0.0)
     middle = values.sum((-3, -2), keepdim=True) / seen.sum((-3, -2), keepdim=True).clamp(min=1.0)
     centred = (values - middle) * seen
-    found = _Moments(middle, torch.cat([centred.square().sum(-2), centred.sum(-2), seen.sum(-2)], -1))
+    total = centred.sum(-2)
+    found = _Moments(middle, torch.cat([centred.square().sum(-2), total, seen.sum(-2).expand_as(total)], -1))
     if keep:
         mask = (lambda: None) if observed is None else weakref.ref(observed)
         _KNOWN[observations] = (observations._version, mask, found)
