@@ -70,12 +70,20 @@ def calibrate(
         ``coverage`` (quantity, level) of central intervals, its ``bounds`` (level, side) where intervals are right, and
         ``flagged``. Quantities are the model's invariants and the log likelihood, by the program that was fitted.
 
+    Raises
+    ------
+    ModelError
+        Where the model does not fit ``like``, or the engine cannot take ``program``.
+
     Notes
     -----
     A flag is a p-value below 5e-4 or a coverage outside of bounds that hold with probability .998.
     """
     engine = HMC(chains=16, draws=25, warmup=100) if engine is None else engine
+    if replicates < 2:
+        raise ModelError(f"replicates must be 2 or more, got {replicates}; 200 make a calibration")
     blank = like.blank()
+    model.check(blank)
     fitted, program = program, collapse(model) if program is None else program
     with double_precision(), torch.no_grad():
         with random_stream(seed), pyro.plate("replicate", replicates, dim=-2):

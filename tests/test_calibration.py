@@ -95,3 +95,10 @@ def test_flags_follow_the_rule():
 def test_a_program_for_an_engine_that_would_ignore_it_is_refused():
     with pytest.raises(ModelError, match="program is for engines with a method replicate"):
         dyn.calibrate(MODEL, like(), inference.SVI(steps=2), replicates=2, program=collapse(MODEL))
+
+
+def test_what_cannot_be_calibrated_is_said_before_anything_is_drawn():
+    with pytest.raises(ModelError, match="replicates must be 2 or more, got 0"):
+        dyn.calibrate(MODEL, like(), QUICK, replicates=0)
+    with pytest.raises(ModelError, match="latent_dim is 5 but the recording has 2 units"):
+        dyn.calibrate(models.LDS(5, readouts.Gaussian()), like(), QUICK)

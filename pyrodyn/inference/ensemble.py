@@ -4,7 +4,7 @@ The chains of a group have one posterior, one step size :math:`\epsilon`, one tr
 :math:`(L L^\top)^{-1}`; in the coordinates :math:`z = L^{-1} q` that posterior is nearly standard normal. Groups, as
 the replicates of a calibration, share nothing but the calls of the density.
 
-The trajectory length follows the gradient of the ChEES criterion: half the expected squared change of
+The trajectory length follows the gradient of the ChEES criterion: a quarter of the expected squared change of
 :math:`\lVert z - E z \rVert^2` in a transition. A trajectory of length t is a share u of the longest one, with u from a
 van der Corput sequence, so that no frequency of the posterior is met in every trajectory.
 
