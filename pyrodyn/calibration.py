@@ -12,6 +12,7 @@ Talts et al., arXiv:1804.06788; Modrak et al., Bayesian Anal. 2023 (the likeliho
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -96,11 +97,12 @@ def calibrate(
         sites.pop("latent", None)
         # An engine that was told to sample the path does so for one recording at a time.
         if isinstance(engine, ReplicatingEngine) and getattr(engine, "collapse", None) is not False:
-            places = _batched(model, blank, engine, program, sites, observations, seed)
+            parts = list(_batched(model, blank, engine, program, sites, observations, seed))
         elif fitted is not None:
             raise ModelError(f"program is for engines with a method replicate, such as HMC(), got {engine!r}")
         else:
-            places = _one_by_one(model, like, engine, sites, observations, seed)
+            parts = list(_one_by_one(model, like, engine, sites, observations, seed))
+    places = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return summarise(places).assign_attrs(
         model=json.dumps(specification(model)),
         engine=json.dumps(specification(engine), default=str),
@@ -141,11 +143,10 @@ def _batched(
     sites: dict[str, Tensor],
     observations: Tensor,
     seed: int,
-) -> dict[str, np.ndarray]:
+) -> Iterator[dict[str, np.ndarray]]:
     """Replicates as one draw dimension, in blocks that fit into memory."""
     chains = getattr(engine, "chains", 64)
     block = max(1, BATCH_NUMBERS // (chains * observations[0].numel()))
-    parts = []
     with progress(len(observations), "calibration") as bar, random_stream(seed, ENGINE_STREAM):
         for first in range(0, len(observations), block):
             chosen = slice(first, first + block)
@@ -157,9 +158,8 @@ def _batched(
             drawn = [_quantities(model, density, density.constrain(part)) for part in vectors.split(size, 1)]
             values = {name: np.concatenate([part[name] for part in drawn], 1) for name in drawn[0]}
             true = _quantities(model, density, {name: value.unsqueeze(1) for name, value in truth.items()})
-            parts.append(_places(values, true, seed + first))
+            yield _places(values, true, seed + first)
             bar.update(len(seen))
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _one_by_one(
@@ -169,9 +169,8 @@ def _one_by_one(
     sites: dict[str, Tensor],
     observations: Tensor,
     seed: int,
-) -> dict[str, np.ndarray]:
+) -> Iterator[dict[str, np.ndarray]]:
     """A fit from scratch for every replicate."""
-    parts = []
     with progress(len(observations), "calibration") as bar:
         for i, seen in enumerate(observations):
             recording = like.with_observations(seen[0])
@@ -183,9 +182,8 @@ def _one_by_one(
                 # The sites of the truth are in the gauge of a blank recording.
                 density = LogDensity(collapse(model), like.blank(), seen[None])
                 true = _quantities(model, density, {n: v[i : i + 1].unsqueeze(1) for n, v in sites.items()})
-            parts.append(_places(values, true, seed + i))
+            yield _places(values, true, seed + i)
             bar.update()
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _quantities(model: LatentModel, density: LogDensity, values: dict[str, Tensor]) -> dict[str, np.ndarray]:
