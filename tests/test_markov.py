@@ -171,9 +171,49 @@ def test_marginals_of_a_shared_likelihood_are_those_of_each_element(route):
     torch.testing.assert_close(found, torch.logsumexp(initial + likelihood[0], -1))
 
 
-def test_nan_is_an_error_and_not_an_impossibility():
+@pytest.mark.parametrize(("modes", "bins", "steps"), [(3, 40, 1), (3, 40, 39), (20, 7, 1), (2, 2, 1), (4, 1, 1)])
+def test_elements_taken_together_equal_elements_taken_one_by_one(monkeypatch, modes, bins, steps):
+    """Steps that are products of matrices, pairs summed over several bins at once, against one element at a time."""
     pytest.importorskip("numba")
+    leaves = [normal(0, 9, modes), normal(1, steps, modes, modes), 4.0 * normal(2, 9, bins, modes)]
+    if bins == 1:
+        leaves[1] = leaves[1][:1]
+    weight = normal(3, 9)
+    found = []
+    for together in (1, 100):
+        monkeypatch.setattr(markov, "TOGETHER", together)
+        inputs = [part.clone().requires_grad_() for part in leaves]
+        value = mode_log_normaliser(*inputs)
+        found.append([value, *torch.autograd.grad((weight * value).sum(), inputs)])
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+def test_pairs_of_more_bins_than_stay_in_the_cache():
+    """1,500 elements of 12 modes leave room for one bin; 200 for 13, and the last chunk is not full."""
+    pytest.importorskip("numba")
+    for elements in (1500, 200):
+        initial, transition = normal(0, 12), normal(1, 1, 12, 12)
+        likelihood = normal(2, elements, 31, 12)
+        marginal, pairs = mode_marginals(initial, transition, likelihood)
+        torch.testing.assert_close(pairs.sum(), torch.tensor(elements * 30.0, dtype=torch.float64), rtol=1e-12, atol=0)
+        torch.testing.assert_close(pairs.sum((0, 1)), marginal[:, 1:].sum((0, 1)), rtol=1e-11, atol=0)
+        torch.testing.assert_close(pairs.sum((0, 2)), marginal[:, :-1].sum((0, 1)), rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("part", ["initial", "transition", "likelihood"])
+def test_nan_is_an_error_and_not_an_impossibility(route, part):
+    """In the likelihood by every route, in sampling and in the search for the best path."""
+    potentials = {"initial": normal(0, 2), "transition": normal(1, 1, 2, 2), "likelihood": normal(2, 4, 2)}
+    potentials[part].view(-1)[-1] = torch.nan
+    for function in (mode_log_normaliser, mode_marginals, sample_modes, most_probable_modes):
+        with pytest.raises(ValueError, match=rf"{part} must not be NaN, got 1 .*look at the log density"):
+            function(**potentials)
+
+
+def test_an_infinite_potential_is_no_nan(route):
+    """All modes impossible: a likelihood of zero, and no error."""
     likelihood = normal(2, 4, 2)
-    likelihood[1, 0] = torch.nan
-    with pytest.raises(ValueError, match="must not be NaN"):
-        mode_log_normaliser(normal(0, 2), normal(1, 1, 2, 2), likelihood)
+    likelihood[1] = -torch.inf
+    value = mode_log_normaliser(normal(0, 2), normal(1, 1, 2, 2), likelihood)
+    assert float(value) < -1e99

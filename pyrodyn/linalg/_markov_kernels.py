@@ -4,8 +4,9 @@ Two ways to the same sums. The scaled one multiplies probabilities, normalised i
 as long as no transition is rarer than :math:`e^{-300}`, since a state that underflows is then filled again from the
 others in the next bin. The logarithmic one takes any potential, minus infinity included.
 
-The scaled ones are compiled for the very number of modes up to `UNROLLED`, by a tuple of that length; an empty one
-stands for any number.
+Elements that share a transition are taken together, bin after bin: their step is one product of matrices. Others go one
+after another; those kernels are compiled for the very number of modes up to `UNROLLED`, by a tuple of that length; an
+empty one stands for any number.
 
 Arrays: initial (element, mode), transition (element or 1, time - 1 or 1, mode, mode) from the first mode to the second,
 likelihood (element, time, mode). Elements and bins of size one are shared.
@@ -24,6 +25,7 @@ except ImportError:  # the functions below run as they are: right, and slow
     njit = None
 
 UNROLLED = 16
+CACHED = 32_768  # numbers that may wait in the cache for a product of matrices: 256 kB
 
 _OPTIONS = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
 
@@ -40,6 +42,84 @@ def compiled(function: Callable) -> Callable:
         return njit(cache=True, **_OPTIONS)(function)
     except RuntimeError:
         return njit(**_OPTIONS)(function)
+
+
+@compiled
+def relative(likelihood, top, below):
+    """Largest entry of every bin ``top`` (element, time), and what the others are below it; returns their sum.
+
+    That sum is NaN where a potential is NaN, or the largest of a bin infinite.
+    """
+    elements, bins, modes = likelihood.shape
+    whole = 0.0
+    for b in range(elements):
+        for t in range(bins):
+            largest = likelihood[b, t, 0]
+            for k in range(1, modes):
+                largest = likelihood[b, t, k] if likelihood[b, t, k] > largest else largest
+            top[b, t] = largest
+            for k in range(modes):
+                below[b, t, k] = likelihood[b, t, k] - largest
+                whole += below[b, t, k]
+    return whole
+
+
+@compiled
+def filter_together(initial, transition, likelihood, filtered, scale):
+    """`filter_scaled` of elements that share a transition (time - 1 or 1, mode, mode).
+
+    Time comes first: likelihood and filtered (time, element, mode), scale (time, element).
+    """
+    bins, elements, modes = likelihood.shape
+    for t in range(bins):
+        if t == 0:
+            filtered[0] = initial
+        else:
+            np.dot(filtered[t - 1], transition[min(t - 1, len(transition) - 1)], filtered[t])
+        for b in range(elements):
+            total = 0.0
+            for k in range(modes):
+                filtered[t, b, k] *= likelihood[t, b, k]
+                total += filtered[t, b, k]
+            scale[t, b] = total
+            inverse = 1.0 / total
+            for k in range(modes):
+                filtered[t, b, k] *= inverse
+
+
+@compiled
+def smooth_together(transition, likelihood, filtered, scale, weight, marginal, pairs):
+    """Posterior probabilities of modes (element, time, mode) and of pairs, in the shape of ``transition``, times the
+    ``weight`` of the element. The other arguments are those of `filter_together`."""
+    bins, elements, modes = likelihood.shape
+    # Bins that share a transition share the product that sums their pairs, as many as stay in the cache.
+    most = max(1, CACHED // (elements * modes)) if len(transition) == 1 else 1
+    entered, after = np.empty((most, elements, modes)), np.empty((elements, modes))
+    found = np.empty((modes, modes))
+    pairs[:] = 0.0
+    for b in range(elements):
+        after[b, :] = weight[b]
+    for t in range(bins - 1, 0, -1):
+        slot = (t - 1) % most
+        ahead = entered[slot]
+        for b in range(elements):
+            inverse = 1.0 / scale[t, b]
+            for k in range(modes):
+                marginal[b, t, k] = filtered[t, b, k] * after[b, k]
+                ahead[b, k] = likelihood[t, b, k] * after[b, k] * inverse
+        place = min(t - 1, len(transition) - 1)
+        np.dot(ahead, transition[place].T, after)
+        if slot == 0:
+            held = min(most, bins - t)
+            rows = held * elements
+            before = filtered[t - 1 : t - 1 + held].reshape(rows, modes)
+            np.dot(before.T, entered[:held].reshape(rows, modes), found)
+            for j in range(modes):
+                for k in range(modes):
+                    pairs[place, j, k] += found[j, k] * transition[place, j, k]
+    for b in range(elements):
+        for k in range(modes):
+            marginal[b, 0, k] = filtered[0, b, k] * after[b, k]
 
 
 @inlined

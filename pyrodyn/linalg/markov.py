@@ -19,6 +19,7 @@ Rabiner, Proc. IEEE 77:257 (1989); Särkkä & García-Fernández, IEEE Trans. Au
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyrodyn.linalg.chain import _compiled_for
+from pyrodyn.linalg.matrix import broadcast_shapes
 
+TOGETHER = 4  # elements, sharing a transition, from which their step is a product of matrices
+LARGE = 1 << 19  # numbers from which NumPy asks for large pages
 RAREST = -300.0  # log probability of a transition, beside the commonest, from which logarithms are needed
 
 
@@ -39,11 +43,14 @@ def mode_log_normaliser(initial: Tensor, transition: Tensor, likelihood: Tensor)
     Raises
     ------
     ValueError
-        Where the shapes do not fit together.
+        Where the shapes do not fit together, or a potential is NaN.
     """
     initial, transition, likelihood, batch = _aligned(initial, transition, likelihood)
     if _compiled_for(initial, transition, likelihood) is None:
-        return _contracted(initial, transition, likelihood).reshape(batch)
+        value = _contracted(initial, transition, likelihood)
+        if not torch.compiler.is_compiling() and not torch.jit.is_tracing() and bool(torch.isnan(value).any()):
+            _refuse_nan(initial=initial, transition=transition, likelihood=likelihood)
+        return value.reshape(batch)
     return _ModeLogNormaliser.apply(initial, transition, likelihood).reshape(batch)
 
 
@@ -64,8 +71,15 @@ def mode_marginals(initial: Tensor, transition: Tensor, likelihood: Tensor) -> t
 def sample_modes(
     initial: Tensor, transition: Tensor, likelihood: Tensor, samples: int = 1, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Whole paths of modes from their posterior, (*batch, sample, time), by filtering forward and drawing backward."""
+    """Whole paths of modes from their posterior, (*batch, sample, time), by filtering forward and drawing backward.
+
+    Raises
+    ------
+    ValueError
+        Where the shapes do not fit together, or a potential is NaN.
+    """
     initial, transition, likelihood, batch = _aligned(initial, transition, likelihood)
+    _refuse_nan(initial=initial, transition=transition, likelihood=likelihood)
     arrays = [_array(part) for part in (initial, transition, likelihood)]
     filtered = np.empty(arrays[2].shape)
     _kernels().filter_logarithmic(*arrays, filtered)
@@ -77,8 +91,15 @@ def sample_modes(
 
 
 def most_probable_modes(initial: Tensor, transition: Tensor, likelihood: Tensor) -> tuple[Tensor, Tensor]:
-    """The most probable path of modes (*batch, time), and its log probability together with the data, (*batch)."""
+    """The most probable path of modes (*batch, time), and its log probability together with the data, (*batch).
+
+    Raises
+    ------
+    ValueError
+        Where the shapes do not fit together, or a potential is NaN.
+    """
     initial, transition, likelihood, batch = _aligned(initial, transition, likelihood)
+    _refuse_nan(initial=initial, transition=transition, likelihood=likelihood)
     arrays = [_array(part) for part in (initial, transition, likelihood)]
     value, path = np.empty(len(arrays[2])), np.empty(arrays[2].shape[:2], np.int64)
     _kernels().most_probable(*arrays, value, path)
@@ -98,7 +119,7 @@ def _aligned(initial: Tensor, transition: Tensor, likelihood: Tensor) -> tuple[T
         )
     if steps == 0:  # of one bin: no transition is ever made
         transition = torch.zeros_like(likelihood[..., :1, :, None] * likelihood[..., :1, None, :])
-    batch = torch.broadcast_shapes(initial.shape[:-1], transition.shape[:-3], likelihood.shape[:-2])
+    batch = broadcast_shapes(initial.shape[:-1], transition.shape[:-3], likelihood.shape[:-2])
     initial = initial.expand(*batch, modes).reshape(-1, modes)
     likelihood = likelihood.expand(*batch, time, modes).reshape(-1, time, modes)
     if transition.shape[:-3].numel() == 1:
@@ -108,6 +129,17 @@ def _aligned(initial: Tensor, transition: Tensor, likelihood: Tensor) -> tuple[T
     return initial, transition, likelihood, batch
 
 
+def _refuse_nan(**potentials: Tensor) -> None:
+    """A NaN compares as smaller than anything and would pass for an impossible mode."""
+    for name, values in potentials.items():
+        wrong = torch.isnan(values)
+        if bool(wrong.any()):
+            raise ValueError(
+                f"{name} must not be NaN, got {int(wrong.sum())} (first at {tuple(wrong.nonzero()[0].tolist())} "
+                "of element, then bin, then modes); look at the log density of the readout"
+            )
+
+
 class _ModeLogNormaliser(torch.autograd.Function):
     """The compiled forward algorithm; its gradient is the compiled smoother."""
 
@@ -115,40 +147,47 @@ class _ModeLogNormaliser(torch.autograd.Function):
     def forward(ctx, initial: Tensor, transition: Tensor, likelihood: Tensor) -> Tensor:
         commonest = transition.amax((-2, -1), keepdim=True)
         first = initial.amax(-1, keepdim=True)
-        top = likelihood.amax(-1, keepdim=True)
-        rarest = torch.minimum((transition - commonest).amin(), (initial - first).amin())
-        ctx.scaled = bool(rarest > RAREST) and bool(torch.isfinite(top).all())
-        if bool(torch.isnan(top).any() | torch.isnan(rarest)):
-            raise ValueError(
-                "initial, transition and likelihood must not be NaN; look at the log density of the readout"
-            )
+        rarest = float(torch.minimum((transition - commonest).amin(), (initial - first).amin()))
+        potentials = _array(likelihood)
+        elements, bins, modes = potentials.shape
+        ctx.together = len(transition) == 1 and elements >= TOGETHER
+        seen = _room((bins, elements, modes) if ctx.together else potentials.shape)
+        top = np.empty((elements, bins))
+        whole = _kernels().relative(potentials, top, seen.swapaxes(0, 1) if ctx.together else seen)
+        ctx.scaled = rarest > RAREST and not math.isnan(whole)
         if not ctx.scaled:
-            arrays = [_array(part) for part in (initial, transition, likelihood)]
-            filtered = np.empty(arrays[2].shape)
+            _refuse_nan(initial=initial, transition=transition, likelihood=likelihood)
+            arrays = _array(initial), _array(transition), potentials
+            filtered = np.empty(potentials.shape)
             _kernels().filter_logarithmic(*arrays, filtered)
             value = torch.logsumexp(torch.from_numpy(filtered[:, -1]), -1)
             ctx.arrays = *arrays[1:], filtered, value.numpy()
             return value
-        steps = likelihood.shape[-2] - 1
-        shift = commonest.sum((-3, -2, -1)) * (steps if transition.shape[-3] == 1 else 1)
-        probability = _array((transition - commonest).exp())
-        seen = _array((likelihood - top).exp())
-        filtered, scale = np.empty(seen.shape), np.empty(seen.shape[:2])
-        known = _known(seen.shape[-1])
-        _kernels().filter_scaled(_array((initial - first).exp()), probability, seen, filtered, scale, known)
+        np.exp(seen, out=seen)
+        filtered, start = _room(seen.shape), _array((initial - first).exp())
+        probability, scale = _array((transition - commonest).exp()), np.empty(seen.shape[:2])
+        if ctx.together:
+            _kernels().filter_together(start, probability[0], seen, filtered, scale)
+        else:
+            _kernels().filter_scaled(start, probability, seen, filtered, scale, _known(modes))
         ctx.arrays = probability, seen, filtered, scale
-        total = torch.from_numpy(np.log(scale).sum(-1)) + top.sum((-2, -1)) + first.squeeze(-1)
-        return total + (shift if steps else 0.0)
+        total = top.sum(-1) + np.log(scale).sum(0 if ctx.together else 1)
+        shift = commonest.sum((-3, -2, -1)) * (bins - 1 if transition.shape[-3] == 1 else 1)
+        return torch.from_numpy(total) + first.squeeze(-1) + (shift if bins > 1 else 0.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         transition, seen, filtered, last = ctx.arrays
-        marginal = np.empty(filtered.shape)
-        if ctx.scaled:
-            entered = np.empty(filtered.shape)
+        weight = _array(grad)
+        if ctx.scaled and ctx.together:
+            bins, elements, modes = filtered.shape
+            marginal, each = _room((elements, bins, modes)), np.empty(transition.shape)
+            _kernels().smooth_together(transition[0], seen, filtered, last, weight, marginal, each[0])
+            weighted, pairs = torch.from_numpy(marginal), torch.from_numpy(each)
+        elif ctx.scaled:
+            marginal, entered = _room(filtered.shape), _room(filtered.shape)
             transposed = np.ascontiguousarray(transition.swapaxes(-2, -1))
-            weight = _array(grad)
             _kernels().smooth_scaled(
                 transposed, seen, filtered, last, weight, marginal, entered, _known(seen.shape[-1])
             )
@@ -162,6 +201,7 @@ class _ModeLogNormaliser(torch.autograd.Function):
                 pairs = pairs * torch.from_numpy(transition)
             weighted = torch.from_numpy(marginal)
         else:
+            marginal = np.empty(filtered.shape)
             each = np.zeros((*filtered.shape[:1], filtered.shape[1] - 1, *transition.shape[-2:]))
             _kernels().smooth_logarithmic(transition, seen, filtered, last, marginal, each)
             pairs = _summed(torch.from_numpy(each) * grad[:, None, None, None], transition.shape)
@@ -193,6 +233,14 @@ def _contracted(initial: Tensor, transition: Tensor, likelihood: Tensor) -> Tens
         )
         links = torch.cat([joined, links[:, 2 * pairs :]], 1)
     return torch.logsumexp(start.unsqueeze(-1) + links[:, 0], (-2, -1))
+
+
+def _room(shape: tuple[int, ...]) -> np.ndarray:
+    """An array to be filled. Memory touched for the first time costs more than this arithmetic, in small pages."""
+    size = math.prod(shape)
+    if size < LARGE // 4:
+        return np.empty(shape)
+    return np.empty(max(size, LARGE))[:size].reshape(shape)
 
 
 def _known(modes: int) -> tuple[int, ...]:
