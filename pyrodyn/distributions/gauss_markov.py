@@ -28,6 +28,7 @@ from pyrodyn.linalg.chain import (
     spread_blocks,
     steady_log_normaliser,
 )
+from pyrodyn.linalg.dynamics import dynamics_blocks
 from pyrodyn.linalg.matrix import broadcast_shapes, precision_of
 
 if TYPE_CHECKING:
@@ -159,34 +160,21 @@ class GaussMarkov(TorchDistribution):
         drift = None if drift is None else drift.to(torch.float64)
         initial_mean = None if initial_mean is None else initial_mean.to(torch.float64)
         dim = dynamics.shape[-1]
-        noise_precision, noise_log_det = precision_of(process_noise)
-        initial_precision, initial_log_det = precision_of(initial_covariance)
-        batch = broadcast_shapes(dynamics.shape[:-2], process_noise.shape[:-2], initial_covariance.shape[:-2])
-        pushed = (dynamics.mT @ noise_precision).expand(*batch, dim, dim)  # A' Q^-1
-        ahead = pushed @ dynamics
-        noise_precision = noise_precision.expand(*batch, dim, dim)
-
-        def block(matrix: Tensor) -> Tensor:
-            return matrix.expand(*batch, dim, dim).unsqueeze(-3)
-
         later = num_bins - 1
-        first = block(initial_precision + ahead) if later else block(initial_precision)
-        blocks = torch.cat([first, block(noise_precision + ahead), block(noise_precision)], -3)
-        constant = num_bins * dim * math.log(2.0 * math.pi)
-        normaliser = 0.5 * (constant + initial_log_det + later * noise_log_det)
+        blocks, upper, normaliser = dynamics_blocks(dynamics, process_noise, initial_covariance, num_bins)
         linear = blocks.new_zeros(num_bins, dim)
         if drift is not None:
-            pulled = (noise_precision.unsqueeze(-3) @ drift.unsqueeze(-1)).squeeze(-1)
+            pulled = (blocks[..., 2:, :, :] @ drift.unsqueeze(-1)).squeeze(-1)
             normaliser = normaliser + 0.5 * (pulled * drift).sum((-2, -1))
-            back = -(pushed.unsqueeze(-3) @ drift.unsqueeze(-1)).squeeze(-1)
+            back = (upper @ drift.unsqueeze(-1)).squeeze(-1)
             none = torch.zeros_like(pulled[..., :1, :]) if later else drift.new_zeros(*drift.shape[:-2], 1, dim)
             linear = torch.cat([none, pulled], -2) + torch.cat([back, none], -2)
         if initial_mean is not None:
-            first = (initial_precision @ initial_mean.unsqueeze(-1)).squeeze(-1)
+            first = (precision_of(initial_covariance)[0] @ initial_mean.unsqueeze(-1)).squeeze(-1)
             normaliser = normaliser + 0.5 * (first * initial_mean).sum(-1)
             rest = first.new_zeros(*first.shape[:-1], later, dim)
             linear = linear + torch.cat([first.unsqueeze(-2), rest], -2)
-        return cls._of_blocks(blocks, block(-pushed), linear, normaliser)
+        return cls._of_blocks(blocks, upper, linear, normaliser)
 
     def _has_graph(self) -> bool:
         held = (self.linear, *(self._steady or (self.diagonal, self.upper)))

@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from pyrodyn.linalg.chain import _compiled_for
 from pyrodyn.linalg.matrix import broadcast_shapes
 
-TOGETHER = 4  # elements, sharing a transition, from which their step is a product of matrices
+TOGETHER = 8  # elements, sharing a transition, from which their step is a product of matrices
 LARGE = 1 << 19  # numbers from which NumPy asks for large pages
 RAREST = -300.0  # log probability of a transition, beside the commonest, from which logarithms are needed
 
