@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ MAX_NEWTON_STEPS = 100
 MAX_PREDICTOR_STEP = 4.0  # in one Newton step no predictor moves further: exp() overshoots from afar
 TOLERANCE = 1e-4  # largest full step of a latent at convergence; its error is the square, and is squared again
 SUFFICIENT = 1e-4  # Armijo's constant
+FEWEST = 3  # trials of one mask that share a factorisation of their own
+MOST_GROUPS = 32  # of such trials: each costs some calls
 
 
 def path_given(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) -> GaussMarkov:
@@ -49,17 +51,30 @@ def path_evidence(prior: GaussMarkov, readout: AffineReadout, observations: Tens
 
 def gaussian_potential(readout: AffineReadout, observations: Tensor) -> tuple[Tensor, Tensor]:
     """What Gaussian observations say of the path: precision (*batch, time or 1, latent, latent) and linear part."""
-    weight = readout.noise.square().reciprocal()  # (*draw, 1, 1, unit)
-    weighted = readout.loading * weight.squeeze(-2).unsqueeze(-1)  # R^-1 C, (*draw, 1, unit, latent)
+    weighted = _weighted(readout)
+    linear = _gaussian_linear(readout, weighted, observations)
     if readout.observed is None:
-        precision = (readout.loading.mT @ weighted).unsqueeze(-3)
-        linear = observations @ weighted - (readout.offset @ weighted)
-        return precision, linear
-    seen = _pattern(readout.observed).to(observations.dtype)
+        return (readout.loading.mT @ weighted).unsqueeze(-3), linear
+    return _precision_of(readout, weighted, _pattern(readout.observed)), linear
+
+
+def _weighted(readout: AffineReadout) -> Tensor:
+    """R^-1 C, (*draw, 1, unit, latent)."""
+    return readout.loading * readout.noise.square().reciprocal().squeeze(-2).unsqueeze(-1)
+
+
+def _gaussian_linear(readout: AffineReadout, weighted: Tensor, observations: Tensor) -> Tensor:
+    if readout.observed is None:
+        return observations @ weighted - (readout.offset @ weighted)
+    return torch.where(readout.observed, observations - readout.offset, 0.0) @ weighted
+
+
+def _precision_of(readout: AffineReadout, weighted: Tensor, seen: Tensor) -> Tensor:
+    """Sum over the units that are ``seen`` (trial or 1, time or 1, unit): (*draw, trial or 1, time or 1, latent,
+    latent)."""
     pairs = (readout.loading.unsqueeze(-1) * weighted.unsqueeze(-2)).flatten(-2)
-    precision = seen @ pairs
-    precision = precision.reshape(precision.shape[:-1] + readout.loading.shape[-1:] * 2)
-    return precision, torch.where(readout.observed, observations - readout.offset, 0.0) @ weighted
+    precision = seen.to(weighted.dtype) @ pairs
+    return precision.reshape(precision.shape[:-1] + readout.loading.shape[-1:] * 2)
 
 
 def gaussian_evidence(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) -> Tensor:
@@ -69,8 +84,9 @@ def gaussian_evidence(prior: GaussMarkov, readout: AffineReadout, observations: 
         precision, linear, at_zero = _Sums.apply(
             readout.loading, readout.offset, readout.noise, observations, middle, sums
         )
+        normaliser = prior.condition(precision, linear).log_normaliser
     else:
-        precision, linear = gaussian_potential(readout, observations)
+        normaliser = _grouped_normaliser(prior, readout, observations)
         # Log density of the observations at a path of zeros, from sums over bins: no (draw, trial, time, unit) tensor.
         offset = readout.offset.squeeze(-2) - middle.squeeze(-2)
         sd = readout.noise.squeeze(-2)
@@ -78,7 +94,24 @@ def gaussian_evidence(prior: GaussMarkov, readout: AffineReadout, observations: 
         pull = offset * weight
         constant = offset * pull + 2.0 * sd.log() + math.log(2.0 * math.pi)
         at_zero = -0.5 * (sums @ torch.cat([weight.expand_as(pull), -2.0 * pull, constant], -1).mT).squeeze(-1)
-    return at_zero + prior.condition(precision, linear).log_normaliser - prior.log_normaliser
+    return at_zero + normaliser - prior.log_normaliser
+
+
+def _grouped_normaliser(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) -> Tensor:
+    """Log normaliser of the posterior, (*draw, trial): one factorisation for all trials of the same mask."""
+    observed: Any = readout.observed
+    groups = _groups(observed)
+    weighted = _weighted(readout)
+    if groups is None or not prior.shares_precision or weighted.dim() < 3 or weighted.shape[-3] > 1:
+        return prior.condition(*gaussian_potential(readout, observations)).log_normaliser
+    linear = _gaussian_linear(readout, weighted, observations)
+    own = prior.linear.dim() > 2 and prior.linear.shape[-3] > 1  # a drift or a mean in each trial
+    found = []
+    for trials, seen in groups.parts:
+        chain = prior.of_trials(trials) if own else prior
+        posterior = chain.condition(_precision_of(readout, weighted, seen), linear[..., trials, :, :])
+        found.append(posterior.log_normaliser)
+    return torch.cat(found, -1)[..., groups.back]
 
 
 def _apart(readout: AffineReadout, observations: Tensor) -> bool:
@@ -139,6 +172,50 @@ class _Sums(torch.autograd.Function):
         for_offset = torch.addcmul(for_pull * weight - for_offset, each, pull, value=-0.5)
         for_noise = (torch.addcmul(0.5 * each, for_weight, weight) / sd).mul(-2.0)
         return for_loading, for_offset.unsqueeze(-2), for_noise.unsqueeze(-2), None, None, None
+
+
+class _Groups(NamedTuple):
+    """Trials by their mask."""
+
+    parts: tuple[tuple[Tensor, Tensor], ...]  # trials, and their mask (trial or 1, time or 1, unit)
+    back: Tensor  # the place of every trial in the parts, one after another
+
+
+_GROUPS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # mask -> (version, groups or None)
+
+
+def _groups(observed: Tensor | None) -> _Groups | None:
+    """Trials that share a mask, `FEWEST` of them or more; all others in one part.
+
+    None where no mask is so common, or there is only one.
+    """
+    if observed is None or len(observed) < FEWEST or observed.is_inference():
+        return None
+    known = _GROUPS.get(observed)
+    if known is None or known[0] != observed._version:
+        known = observed._version, _group(observed)
+        _GROUPS[observed] = known
+    return known[1]
+
+
+def _group(observed: Tensor) -> _Groups | None:
+    patterns, which, count = observed.flatten(1).unique(dim=0, return_inverse=True, return_counts=True)
+    common = count.argsort(descending=True, stable=True)[:MOST_GROUPS]
+    common = common[count[common] >= FEWEST]
+    if len(patterns) == 1 or not len(common):
+        return None
+    rest = (~torch.isin(which, common)).nonzero().squeeze(-1)
+    members = [(which == pattern).nonzero().squeeze(-1) for pattern in common]
+    if len(rest):
+        members.append(rest)
+    parts = []
+    for trials in members:
+        mask = observed[trials]
+        for axis in (0, 1):  # as in `_pattern`
+            first = mask.narrow(axis, 0, 1)
+            mask = first if bool((mask == first).all()) else mask
+        parts.append((trials, mask))
+    return _Groups(tuple(parts), torch.cat(members).argsort())
 
 
 _PATTERNS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # mask -> (version, axes along which it repeats itself)

@@ -453,3 +453,77 @@ def test_a_mask_that_repeats_itself_shares_a_factorisation(repeats):
     expected = prior.condition(full, torch.where(observed, values, 0.0) @ loading[0])
     torch.testing.assert_close(posterior.log_normaliser, expected.log_normaliser)
     torch.testing.assert_close(posterior.mean, expected.mean)
+
+
+def grouped_mask(kind: str, trials: int, bins: int, units: int) -> Tensor:
+    """Masks that few trials, or none, have to themselves."""
+    observed = torch.ones(trials, bins, units, dtype=torch.bool)
+    if kind == "ragged":
+        for trial in range(trials):
+            observed[trial, bins - 2 * (trial % 3) :] = trial % 3 == 0
+    elif kind == "units":
+        observed[::2, :, 1] = False
+    elif kind == "mixed":  # two common masks, and trials of their own
+        observed[: trials // 2, :, 0] = False
+        observed[-1, 1:4] = False
+        observed[-2, 2] = False
+        observed[-2, :, 1] = False
+    else:  # each trial its own
+        observed = torch.rand(trials, bins, units, generator=torch.Generator().manual_seed(4)) < 0.7
+    return observed
+
+
+@pytest.mark.parametrize("drifting", [False, True])
+@pytest.mark.parametrize("kind", ["ragged", "units", "mixed", "many"])
+def test_trials_of_one_mask_share_a_factorisation(monkeypatch, kind, drifting):
+    """Value and gradient equal those of a factorisation for every trial, and of a dense Gaussian."""
+    observed = grouped_mask(kind, 12, 7, 4)
+    case = Case(Gaussian(), trials=12, bins=7, units=4, observed=observed, drifting=drifting)
+    case.data, case.loading = torch.where(observed, case.data, torch.nan), case.loading.unsqueeze(0)
+    names = ("dynamics", "noise_covariance", "initial", "loading", "offset", "noise")
+    factorised, found = [], []
+    condition = GaussMarkov.condition
+
+    def counted(chain, precision, linear, mask=None):
+        factorised.append(precision.shape[-4])
+        return condition(chain, precision, linear, mask)
+
+    monkeypatch.setattr(GaussMarkov, "condition", counted)
+    for _ in range(2):
+        leaves = []
+        for name in names:
+            setattr(case, name, getattr(case, name).detach().clone().requires_grad_())
+            leaves.append(getattr(case, name))
+        value = path_evidence(*case.parts())
+        weight = torch.linspace(-1.0, 2.0, 12, dtype=torch.float64)
+        found.append([value.detach(), *torch.autograd.grad((weight * value).sum(), leaves)])
+        monkeypatch.setattr("pyrodyn.conditioning._groups", lambda _: None)
+    expected = {"ragged": [1, 1, 1], "units": [1, 1], "mixed": [1, 1, 2], "many": [12]}
+    assert factorised[:-1] == expected[kind] and factorised[-1] == 12
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9)
+    for name in names:
+        setattr(case, name, getattr(case, name).detach())
+    case.loading = case.loading[0]
+    for trial in range(12):
+        assert float((found[0][0][trial] - dense_posterior(case, trial)[2]).abs()) < 1e-9
+
+
+def test_masks_are_grouped_for_draws_and_again_when_a_mask_changes():
+    observed = grouped_mask("ragged", 9, 6, 3)
+    case = Case(Gaussian(), trials=9, bins=6, observed=observed)
+    case.loading = case.loading.unsqueeze(0)
+    alone = path_evidence(*case.parts())
+    scale = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    loading = case.loading
+    case.loading = (scale[:, None, None, None] * loading).reshape(2, 1, 3, 2)
+    case.offset, case.noise = case.offset.expand(2, 1, 3), case.noise.expand(2, 1, 3)
+    both = path_evidence(*case.parts())
+    assert both.shape == (2, 9)
+    torch.testing.assert_close(both[0], alone)
+    case.loading, case.offset, case.noise = 0.5 * loading[0], case.offset[0, 0], case.noise[0, 0]
+    torch.testing.assert_close(both[1], path_evidence(*case.parts()))
+    observed[4:7, 2] = False
+    torch.testing.assert_close(
+        path_evidence(*case.parts())[5], dense_posterior(case, 5)[2].reshape(()), rtol=1e-10, atol=1e-10
+    )

@@ -275,6 +275,19 @@ class GaussMarkov(TorchDistribution):
             return (self.upper @ value[..., 1:, :].unsqueeze(-1)).squeeze(-1)
         return value[..., 1:, :] @ self._steady[1].squeeze(-3).mT
 
+    @property
+    def shares_precision(self) -> bool:
+        """Whether all trials, the last batch dimension, have one precision."""
+        held = self._steady or (self.diagonal, self.upper)
+        return all(part.dim() == 3 or part.shape[-4] == 1 for part in held)
+
+    def of_trials(self, trials: Tensor) -> GaussMarkov:
+        """The chains of some trials, where these share a precision and differ in the linear part."""
+        linear = self.linear[..., trials, :, :]
+        if self._steady is not None:
+            return GaussMarkov._of_blocks(*self._steady, linear)
+        return GaussMarkov(self.diagonal, self.upper, linear)
+
     def detach(self) -> GaussMarkov:
         """The same chain, cut off from what it was made from."""
         if self._steady is not None:
