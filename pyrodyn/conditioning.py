@@ -31,8 +31,8 @@ MAX_NEWTON_STEPS = 100
 MAX_PREDICTOR_STEP = 4.0  # in one Newton step no predictor moves further: exp() overshoots from afar
 TOLERANCE = 1e-4  # largest full step of a latent at convergence; its error is the square, and is squared again
 SUFFICIENT = 1e-4  # Armijo's constant
-FEWEST = 3  # trials of one mask that share a factorisation of their own
-MOST_GROUPS = 32  # of such trials: each costs some calls
+WORTH = 5000  # bins x latents squared of a factorisation that are worth the calls of a group of trials
+MOST_GROUPS = 32  # of trials of one mask
 
 
 def path_given(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) -> GaussMarkov:
@@ -100,7 +100,7 @@ def gaussian_evidence(prior: GaussMarkov, readout: AffineReadout, observations: 
 def _grouped_normaliser(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) -> Tensor:
     """Log normaliser of the posterior, (*draw, trial): one factorisation for all trials of the same mask."""
     observed: Any = readout.observed
-    groups = _groups(observed)
+    groups = _groups(observed, prior.event_shape[-1])
     weighted = _weighted(readout)
     if groups is None or not prior.shares_precision or weighted.dim() < 3 or weighted.shape[-3] > 1:
         return prior.condition(*gaussian_potential(readout, observations)).log_normaliser
@@ -181,27 +181,31 @@ class _Groups(NamedTuple):
     back: Tensor  # the place of every trial in the parts, one after another
 
 
-_GROUPS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # mask -> (version, groups or None)
+_GROUPS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # mask -> (its state, groups or None)
 
 
-def _groups(observed: Tensor | None) -> _Groups | None:
-    """Trials that share a mask, `FEWEST` of them or more; all others in one part.
+def _groups(observed: Tensor | None, latent_dim: int) -> _Groups | None:
+    """Trials that share a mask, where sharing is worth it; all others in one part.
 
     None where no mask is so common, or there is only one.
     """
-    if observed is None or len(observed) < FEWEST or observed.is_inference():
+    if observed is None or observed.is_inference():
         return None
+    fewest = 2 + WORTH // max(1, observed.shape[1] * latent_dim**2)
+    if len(observed) <= fewest:
+        return None
+    state = observed._version, fewest
     known = _GROUPS.get(observed)
-    if known is None or known[0] != observed._version:
-        known = observed._version, _group(observed)
+    if known is None or known[0] != state:
+        known = state, _group(observed, fewest)
         _GROUPS[observed] = known
     return known[1]
 
 
-def _group(observed: Tensor) -> _Groups | None:
+def _group(observed: Tensor, fewest: int) -> _Groups | None:
     patterns, which, count = observed.flatten(1).unique(dim=0, return_inverse=True, return_counts=True)
     common = count.argsort(descending=True, stable=True)[:MOST_GROUPS]
-    common = common[count[common] >= FEWEST]
+    common = common[count[common] >= fewest]
     if len(patterns) == 1 or not len(common):
         return None
     rest = (~torch.isin(which, common)).nonzero().squeeze(-1)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.distributions import MultivariateNormal
 
+from pyrodyn import conditioning
 from pyrodyn.conditioning import (
     find_mode,
     gaussian_evidence,
@@ -489,6 +490,7 @@ def test_trials_of_one_mask_share_a_factorisation(monkeypatch, kind, drifting):
         return condition(chain, precision, linear, mask)
 
     monkeypatch.setattr(GaussMarkov, "condition", counted)
+    monkeypatch.setattr("pyrodyn.conditioning.WORTH", 0)
     for _ in range(2):
         leaves = []
         for name in names:
@@ -497,7 +499,7 @@ def test_trials_of_one_mask_share_a_factorisation(monkeypatch, kind, drifting):
         value = path_evidence(*case.parts())
         weight = torch.linspace(-1.0, 2.0, 12, dtype=torch.float64)
         found.append([value.detach(), *torch.autograd.grad((weight * value).sum(), leaves)])
-        monkeypatch.setattr("pyrodyn.conditioning._groups", lambda _: None)
+        monkeypatch.setattr("pyrodyn.conditioning._groups", lambda *_: None)
     expected = {"ragged": [1, 1, 1], "units": [1, 1], "mixed": [1, 1, 2], "many": [12]}
     assert factorised[:-1] == expected[kind] and factorised[-1] == 12
     for mine, other in zip(*found, strict=True):
@@ -509,7 +511,8 @@ def test_trials_of_one_mask_share_a_factorisation(monkeypatch, kind, drifting):
         assert float((found[0][0][trial] - dense_posterior(case, trial)[2]).abs()) < 1e-9
 
 
-def test_masks_are_grouped_for_draws_and_again_when_a_mask_changes():
+def test_masks_are_grouped_for_draws_and_again_when_a_mask_changes(monkeypatch):
+    monkeypatch.setattr("pyrodyn.conditioning.WORTH", 0)
     observed = grouped_mask("ragged", 9, 6, 3)
     case = Case(Gaussian(), trials=9, bins=6, observed=observed)
     case.loading = case.loading.unsqueeze(0)
@@ -527,3 +530,11 @@ def test_masks_are_grouped_for_draws_and_again_when_a_mask_changes():
     torch.testing.assert_close(
         path_evidence(*case.parts())[5], dense_posterior(case, 5)[2].reshape(()), rtol=1e-10, atol=1e-10
     )
+
+
+def test_a_group_must_be_worth_its_calls():
+    """Few bins of few latents are factorised sooner than sorted."""
+    observed = grouped_mask("ragged", 12, 50, 4)
+    assert conditioning._groups(observed, 3) is None
+    assert conditioning._groups(observed, 20) is not None
+    assert conditioning._groups(grouped_mask("many", 12, 50, 4), 20) is None

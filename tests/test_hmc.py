@@ -14,6 +14,7 @@ from pyrodyn.errors import ModelError, NonFiniteError
 from pyrodyn.inference import hmc
 from pyrodyn.inference.engine import double_precision, random_stream
 from pyrodyn.inference.ensemble import Ensemble, _van_der_corput
+from pyrodyn.inference.mode import ascend, covariance_root, negative_hessian
 
 SCALES = (0.01, 1.0, 50.0)  # of three posteriors that are sampled at once
 
@@ -165,3 +166,35 @@ def test_any_program_can_be_sampled_and_a_number_is_a_site():
     assert samples["place"].shape == (64, 100)
     assert float(samples["place"].mean()) == pytest.approx((weight * place).sum(), abs=0.06)
     assert float(samples["spread"].log().mean()) == pytest.approx((weight * log_spread).sum(), abs=0.04)
+
+
+def test_nothing_is_made_on_another_device_than_the_positions():
+    """What is made without naming a device lands on `meta`, where it cannot meet a position: as it could not on a GPU.
+
+    The random numbers come from the CPU's stream on any device.
+    """
+    plain, _ = sampled(True, 3, warmup=20)
+    with torch.device("meta"):
+        precision = torch.diag(torch.tensor([1.0, 4.0, 9.0], dtype=torch.float64, device="cpu"))
+
+        class Bowl:
+            def gradient(self, place):
+                return -0.5 * ((place @ precision) * place).sum(-1), -(place @ precision)
+
+        start = torch.ones(2, 1, 3, dtype=torch.float64, device="cpu")
+        top, converged = ascend(Bowl(), start, 50, "test")
+        assert bool(converged.all()) and float(top.abs().max()) < 1e-5
+        hessian = negative_hessian(Bowl(), top, "test")
+        root, _ = covariance_root(hessian, 1e-3)
+        torch.testing.assert_close(root @ root.mT @ precision, torch.eye(3, dtype=torch.float64, device="cpu").expand(
+            2, 3, 3), atol=1e-6, rtol=0)  # fmt: skip
+        options = inference.HMC(draws=3, warmup=20, chains=4, superchains=2)
+        position = options._scatter(Bowl(), top.squeeze(1), root, 1.0)
+        density = Bowl()
+        density.among = lambda groups: density
+        run = hmc.Run(options, density, position, root).go(None)
+        assert run.vectors.device.type == run.diverging.device.type == "cpu"
+        run._restore(run._state())
+        assert run.ensemble.position.device.type == "cpu"
+    again, _ = sampled(True, 3, warmup=20)
+    assert torch.equal(plain, again)

@@ -64,7 +64,9 @@ class LogDensity:
             parts.append(raw.reshape(-1))
         self.sites = tuple(sites)
         self.dimension = start
-        self.prototype = torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)  # one draw from the prior
+        self.prototype = (
+            torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=recording.device)
+        )  # one draw from the prior
 
     def among(self, replicates: Tensor) -> LogDensity:
         """The density of some of the replicates, by their positions."""
@@ -108,7 +110,7 @@ class LogDensity:
 
     def log_jacobian(self, vector: Tensor) -> Tensor:
         """Log Jacobian determinant of `constrain`, (*draw)."""
-        return sum((self._value(site, vector)[1] for site in self.sites), start=torch.zeros(vector.shape[:-1]))
+        return sum((self._value(site, vector)[1] for site in self.sites), start=vector.new_zeros(vector.shape[:-1]))
 
     def gradient(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         """Log density (*draw) and its gradient (*draw, dimension); a failed element is -inf with a zero gradient."""

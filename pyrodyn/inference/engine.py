@@ -106,7 +106,7 @@ def vector_of(values: dict[str, Tensor], density: LogDensity) -> Tensor:
         if site.name in values:
             parts.append(site.transform.inv(values[site.name]).reshape(-1))
         elif site.local:
-            parts.append(torch.zeros(site.unconstrained.numel(), dtype=torch.float64))
+            parts.append(density.prototype.new_zeros(site.unconstrained.numel()))
         else:
             parts.append(density.prototype[site.place])
     return torch.cat(parts).detach()

@@ -61,7 +61,7 @@ class Ensemble:
         groups, _, dimension = position.shape
         self.gradient, self.warmup, self.target = gradient, warmup, target_acceptance
         self.position, self.root = position, root
-        self.value, self.slope = gradient(position, torch.arange(groups))
+        self.value, self.slope = gradient(position, torch.arange(groups, device=position.device))
         none = position.new_zeros(groups)
         self.count = 0  # transitions so far
         self.log_step = self.log_step_mean = none + math.log(0.6 * dimension**-0.25)
@@ -83,7 +83,7 @@ class Ensemble:
         share = _van_der_corput(int(self.count) + 1)
         step = self.step_size
         steps = (share * self.length / step).ceil().clamp(1, MAX_STEPS)  # (group)
-        momentum = torch.randn_like(self.position)
+        momentum = drawn(torch.randn, self.position)
         place, value, slope = self.position.clone(), self.value.clone(), self.slope.clone()
         kicked = momentum + (0.5 * step)[:, None, None] * self._pull(slope)
         total = int(steps.max())
@@ -96,7 +96,7 @@ class Ensemble:
         change = (value - 0.5 * kicked.square().sum(-1)) - (self.value - 0.5 * momentum.square().sum(-1))
         change = torch.where(torch.isfinite(change), change, -torch.inf)
         acceptance = change.clamp(max=0.0).exp()
-        accepted = torch.rand_like(acceptance) < acceptance
+        accepted = drawn(torch.rand, acceptance) < acceptance
         if self.count < self.warmup:
             self._adapt(place, kicked, acceptance, steps * step)
         self.position = torch.where(accepted.unsqueeze(-1), place, self.position)
@@ -110,14 +110,14 @@ class Ensemble:
     def state(self) -> dict[str, np.ndarray]:
         """Everything that the next transition depends on but the random numbers."""
         counters = {name: np.array(getattr(self, name)) for name in self._COUNTERS}
-        return counters | {name: getattr(self, name).numpy().copy() for name in self._TENSORS}
+        return counters | {name: getattr(self, name).cpu().numpy().copy() for name in self._TENSORS}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Go on from a `state`."""
         for name in self._COUNTERS:
             setattr(self, name, int(state[name]))
         for name in self._TENSORS:
-            setattr(self, name, torch.from_numpy(np.array(state[name])))
+            setattr(self, name, torch.from_numpy(np.array(state[name])).to(self.position.device))
 
     def _push(self, momentum: Tensor, groups: Any = slice(None)) -> Tensor:
         """L p: from the coordinates z to positions."""
@@ -167,7 +167,7 @@ class Ensemble:
         trust = self.seen / (self.seen + SHRINKAGE + self.position.shape[-1])
         if dense:
             spread = self.second / self.seen - mean.unsqueeze(-1) * mean.unsqueeze(-2)
-            identity = torch.eye(mean.shape[-1], dtype=mean.dtype)
+            identity = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
             self.root = self.root @ torch.linalg.cholesky(trust * spread + (1.0 - trust) * identity)
         else:
             spread = self.second / self.seen - mean.square()
@@ -187,6 +187,11 @@ class Ensemble:
         self.seen = 0
         self.first = torch.zeros_like(self.position[:, 0])
         self.second = torch.zeros_like(self.root)
+
+
+def drawn(law: Callable[..., Tensor], like: Tensor) -> Tensor:
+    """Random numbers of a tensor's shape, on its device; drawn on the CPU, whose stream a checkpoint keeps."""
+    return law(like.shape, dtype=like.dtype, device="cpu").to(like.device)
 
 
 def _van_der_corput(number: int) -> float:

@@ -22,7 +22,7 @@ from pyrodyn.inference.engine import (
     treat_path,
     vector_of,
 )
-from pyrodyn.inference.ensemble import Ensemble
+from pyrodyn.inference.ensemble import Ensemble, drawn
 from pyrodyn.inference.mode import ascend, covariance_root, negative_hessian
 from pyrodyn.program import Program
 from pyrodyn.progress import progress
@@ -147,9 +147,9 @@ class HMC:
     def _scatter(self, density: LogDensity, start: Tensor, root: Tensor, spread: float) -> Tensor:
         """One start for every superchain, given to each of its chains: (group, chain, dimension)."""
         groups, dimension = start.shape
-        noise = spread * torch.randn(groups, self.superchains, dimension)
+        noise = spread * drawn(torch.randn, start.new_empty(groups, self.superchains, dimension))
         noise = noise @ root.mT if root.dim() == 3 else noise * root.unsqueeze(1)
-        position, fine = start.unsqueeze(1) + noise, torch.tensor(False)
+        position, fine = start.unsqueeze(1) + noise, torch.tensor(False, device=start.device)
         for _ in range(20):
             fine = torch.isfinite(density.gradient(position)[0])
             if bool(fine.all()):
@@ -181,7 +181,7 @@ class Run:
         self.gradients = 0
         self.vectors = position.new_zeros(options.draws, groups, chains, dimension)
         self.acceptance = position.new_zeros(options.draws, groups, chains)
-        self.diverging = torch.zeros(options.draws, groups, chains, dtype=torch.bool)
+        self.diverging = position.new_zeros(options.draws, groups, chains, dtype=torch.bool)
 
     def go(self, store: StateStore | None) -> Run:
         """Run to the end, from where a checkpoint left off."""
@@ -194,18 +194,18 @@ class Run:
             while ensemble.count < total:
                 acceptance, diverging, gradients = ensemble.advance()
                 self.gradients += gradients
-                drawn = ensemble.count - warmup - 1
-                if drawn >= 0:
-                    self.vectors[drawn], self.acceptance[drawn] = ensemble.position, acceptance
-                    self.diverging[drawn] = diverging
+                place = ensemble.count - warmup - 1
+                if place >= 0:
+                    self.vectors[place], self.acceptance[place] = ensemble.position, acceptance
+                    self.diverging[place] = diverging
                 bar.update()
                 if store and (store.due() or ensemble.count == total):
                     store.write(self._state())
         return self
 
     def _state(self) -> dict[str, np.ndarray]:
-        drawn = max(0, self.ensemble.count - self.options.warmup)
-        held: dict[str, Any] = {name: getattr(self, name)[:drawn].numpy() for name in self._KEPT}
+        done = max(0, self.ensemble.count - self.options.warmup)
+        held: dict[str, Any] = {name: getattr(self, name)[:done].cpu().numpy() for name in self._KEPT}
         held |= {"gradients": np.array(self.gradients), "random": torch.get_rng_state().numpy().copy()}
         return held | {f"ensemble/{name}": value for name, value in self.ensemble.state().items()}
 

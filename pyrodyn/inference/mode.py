@@ -106,7 +106,7 @@ def negative_hessian(density: LogDensity, vector: Tensor, label: str, chunk: int
     size = vector.shape[-1]
     columns = []
     with progress(size, label) as bar:
-        for part in (STEP * torch.eye(size, dtype=vector.dtype)).split(chunk):
+        for part in (STEP * torch.eye(size, dtype=vector.dtype, device=vector.device)).split(chunk):
             steps = torch.cat([part, -part])
             _, slopes = density.gradient(vector + steps)
             ahead, behind = slopes.chunk(2, dim=-2)
