@@ -140,13 +140,16 @@ class _Sums(torch.autograd.Function):
         ctx, loading: Tensor, offset: Tensor, noise: Tensor, observations: Tensor, middle: Tensor, sums: Tensor
     ):
         offset, sd = offset.squeeze(-2), noise.squeeze(-2)  # (*draw, 1, unit)
-        weight = sd.square().reciprocal()
+        variance = sd.square()
+        weight = variance.reciprocal()
         weighted = loading * weight.unsqueeze(-1)
         precision = (loading.mT @ weighted).unsqueeze(-3)
-        linear = observations @ weighted - offset.unsqueeze(-2) @ weighted
+        # A wide product takes half the time of a tall one; of many trials its layout would cost more than that.
+        seen = (weighted.mT @ observations.mT).mT if len(observations) == 1 else observations @ weighted
+        linear = seen - (weighted * offset.unsqueeze(-1)).sum(-2, keepdim=True)
         centred = offset - middle.squeeze(-2)
         pull = centred * weight
-        constant = torch.addcmul(2.0 * sd.log() + math.log(2.0 * math.pi), centred, pull)
+        constant = torch.addcmul((2.0 * math.pi * variance).log(), centred, pull)
         at_zero = (sums @ torch.cat([-0.5 * weight, pull, -0.5 * constant], -1).mT).squeeze(-1)
         ctx.save_for_backward(loading, offset, sd, observations, sums, weight, weighted, centred, pull)
         return precision, linear, at_zero
@@ -157,14 +160,16 @@ class _Sums(torch.autograd.Function):
         loading, offset, sd, observations, sums, weight, weighted, centred, pull = ctx.saved_tensors
         # C' W C
         for_precision = for_precision.squeeze(-3)
-        for_loading = weighted @ (for_precision + for_precision.mT)
+        both = loading @ (for_precision + for_precision.mT)
         # (y - offset) W C, summed over trials and bins
         for_linear = for_linear.flatten(-3, -2)
         whole = for_linear.sum(-2, keepdim=True)
-        seen = torch.addcmul(observations.flatten(0, 1).mT @ for_linear, offset.mT, whole, value=-1.0).unsqueeze(-3)
-        for_loading = torch.addcmul(for_loading, seen, weight.unsqueeze(-1))
-        for_weight = ((loading @ for_precision + seen) * loading).sum(-1)
-        for_offset = (weighted @ whole.mT.unsqueeze(-3)).squeeze(-1)
+        seen = torch.addcmul((for_linear.mT @ observations.flatten(0, 1)).mT, offset.mT, whole, value=-1.0).unsqueeze(
+            -3
+        )
+        for_loading = (both + seen) * weight.unsqueeze(-1)
+        for_weight = (torch.add(seen, both, alpha=0.5) * loading).sum(-1)
+        for_offset = (weighted * whole.unsqueeze(-3)).sum(-1)
         # weight, pull and constant at a path of zeros
         own, for_pull, each = (for_zero.unsqueeze(-2) @ sums).chunk(3, -1)
         for_pull = torch.addcmul(for_pull, each, centred, value=-0.5)
