@@ -15,6 +15,10 @@ class ModelError(ValueError):
     """A model's options do not fit the recording."""
 
 
+class CouplingError(ValueError):
+    """A posterior or a graph does not hold what a question about coupling between regions needs."""
+
+
 class CollapseError(TypeError):
     """The path of this model cannot be integrated out."""
 

@@ -1,0 +1,55 @@
+"""The probability that an edge is there."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def savage_dickey(
+    blocks: np.ndarray, prior_sd: float | np.ndarray, prior_probability: float | np.ndarray
+) -> np.ndarray:
+    r"""Probability that a block of the dynamics is not zero, from draws of a posterior that keeps every edge.
+
+    The Bayes factor for absence is the ratio of posterior to prior density of the block's entries b at zero,
+
+    .. math::
+        B_{01} = \frac{N(0; m, S)}{N(0; 0, \sigma^2 I)}, \qquad
+        P(\text{present}) = \frac{\pi}{\pi + (1 - \pi) B_{01}},
+
+    with m and S the mean and covariance of the draws: the posterior density is taken as normal. The normal's tail is
+    only as good as its first two moments, so a probability near zero or one is a rough number; one in between is not.
+
+    Parameters
+    ----------
+    blocks : ndarray, (chain, draw, ..., latent, latent_from)
+        Draws of blocks, in the coordinates in which the prior was put on them.
+    prior_sd : float or ndarray (...)
+        :math:`\sigma`, the standard deviation of the independent normal prior of every entry.
+    prior_probability : float or ndarray (...)
+        :math:`\pi`, the prior probability that the edge is there.
+
+    Returns
+    -------
+    ndarray (...)
+        NaN where there are not more draws than entries plus one, so that S cannot be estimated.
+
+    References
+    ----------
+    Dickey, "The weighted likelihood ratio, linear hypotheses on normal location parameters", Annals of Mathematical
+    Statistics, 1971; Wagenmakers et al., Cognitive Psychology, 2010.
+    """
+    chains, draws, *batch, rows, columns = blocks.shape
+    size = rows * columns
+    entries = np.moveaxis(blocks.reshape(chains * draws, *batch, size), 0, -2)  # (..., sample, entry)
+    if chains * draws <= size + 1:
+        return np.full(tuple(batch), np.nan)
+    mean = entries.mean(-2)
+    centred = entries - mean[..., None, :]
+    covariance = np.swapaxes(centred, -1, -2) @ centred / (chains * draws - 1)
+    sign, log_det = np.linalg.slogdet(covariance)
+    safe = np.where((sign > 0)[..., None, None], covariance, np.eye(size))
+    distance = (mean * np.linalg.solve(safe, mean[..., None])[..., 0]).sum(-1)
+    log_factor = -0.5 * (log_det + distance) + size * np.log(prior_sd)
+    with np.errstate(over="ignore"):
+        odds = (1.0 - np.asarray(prior_probability)) / prior_probability * np.exp(log_factor)
+    return np.where(sign > 0, 1.0 / (1.0 + odds), np.nan)
