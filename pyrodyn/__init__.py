@@ -13,6 +13,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyrodyn import guides, inference, models, readers, readouts
     from pyrodyn.calibration import calibrate
+    from pyrodyn.coupling import (
+        compare_edges,
+        coupling_graph,
+        edges_into,
+        graph_metrics,
+        node_link_json,
+        to_networkx,
+        write_graphml,
+    )
     from pyrodyn.fitting import fit, predict, simulate
     from pyrodyn.posterior import FitWarning, model_of, recording_of, to_inferencedata
     from pyrodyn.recording import Recording
@@ -24,12 +33,17 @@ __all__ = [
     "FitWarning",
     "Recording",
     "calibrate",
+    "compare_edges",
+    "coupling_graph",
+    "edges_into",
     "fit",
+    "graph_metrics",
     "guides",
     "inference",
     "load",
     "model_of",
     "models",
+    "node_link_json",
     "predict",
     "readers",
     "readouts",
@@ -37,12 +51,16 @@ __all__ = [
     "save",
     "simulate",
     "to_inferencedata",
+    "to_networkx",
+    "write_graphml",
 ]
 
 # Imported at first use: torch takes seconds, and `pyrodyn --help` needs none of it.
 _HOMES = {
     "Recording": "recording",
     "calibrate": "calibration",
+    **dict.fromkeys(("compare_edges", "coupling_graph", "edges_into", "graph_metrics"), "coupling"),
+    **dict.fromkeys(("node_link_json", "to_networkx", "write_graphml"), "coupling"),
     **dict.fromkeys(("FitWarning", "model_of", "recording_of", "to_inferencedata"), "posterior"),
     **dict.fromkeys(("fit", "predict", "simulate"), "fitting"),
     **dict.fromkeys(("load", "save"), "storage"),
