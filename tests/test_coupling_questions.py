@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import networkx as nx
 import numpy as np
 import pytest
 import xarray as xr
-from _coupling import DIMS, random_posterior, with_presence
+from _coupling import DIMS, changed, random_posterior, with_presence
 
 import pyrodyn as dyn
+from pyrodyn import plots
 from pyrodyn.coupling.summary import edge_table
 from pyrodyn.errors import CouplingError
 
@@ -164,6 +166,21 @@ def test_two_regions_and_a_stored_graph(tmp_path: Path) -> None:
     with xr.open_dataset(tmp_path / "graph.nc", engine="h5netcdf") as stored:
         assert dyn.node_link_json(stored) == dyn.node_link_json(graph)
     assert dyn.edges_into(graph, "B").index.tolist() == ["A"]
+
+
+def test_a_region_whose_units_say_nothing() -> None:
+    """Its edges have a strength, but a kick of its rates does not exist: gain, sign and delay are left out."""
+    posterior = random_posterior()
+    loading = posterior["posterior"]["loading"].values.copy()
+    loading[..., :5, :] = 0.0
+    graph = dyn.coupling_graph(changed(posterior, loading=loading))
+    net = dyn.to_networkx(graph)
+    assert not {"gain", "p_sign", "delay"} & set(net.edges["V1", "LM"])
+    assert net.edges["LM", "V1"]["gain"] == 0.0 and "p_sign" not in net.edges["LM", "V1"]
+    assert net.edges["V1", "LM"]["mean"] == dyn.to_networkx(dyn.coupling_graph(posterior)).edges["V1", "LM"]["mean"]
+    assert "NaN" not in dyn.node_link_json(graph)
+    for figure in (plots.plot_coupling_graph(graph), plots.plot_impulse_responses(graph), plots.plot_strengths(graph)):
+        figure.savefig(io.BytesIO())
 
 
 # ---------------------------------------------------------------------------------------------- bad input

@@ -61,10 +61,9 @@ def edge_table(graph: xr.Dataset, hdi_prob: float = 0.9) -> xr.Dataset:
     """
     checked(graph, ("strength", "impulse_response", "variance_share", "probability"))
     probability_of("hdi_prob", hdi_prob)
-    chosen = graph[["strength", "impulse_response", "variance_share"]].stack(sample=SAMPLE, create_index=False)
-    chosen = chosen.isel(sample=chosen["strength"].notnull().all(("target", "source")).values)
+    chosen = stable_draws(graph[["strength", "impulse_response", "variance_share"]])
     strength, response = chosen["strength"], chosen["impulse_response"]
-    gain = response.sum("lag")
+    gain = response.sum("lag", skipna=False)
     moved = (response != 0.0).any("lag") & response.notnull().all("lag")
     peak = abs(response.fillna(0.0)).idxmax("lag")
     interval = arviz_stats.hdi(strength, prob=hdi_prob, dim="sample")
@@ -78,12 +77,18 @@ def edge_table(graph: xr.Dataset, hdi_prob: float = 0.9) -> xr.Dataset:
             "hdi_high": interval.isel(ci_bound=1, drop=True),
             "share": share,
             "p_present": graph["probability"],
-            "gain": gain.mean("sample"),
+            "gain": gain.mean("sample", skipna=False),
             "p_sign": ((gain > 0.0) & moved).sum("sample") / count.where(count > 0),
             "delay": _median(peak.where(moved)),
         },
         attrs={"hdi_prob": hdi_prob},
     )
+
+
+def stable_draws(graph: xr.Dataset) -> xr.Dataset:
+    """The draws in which the graph is known, along one dim ``sample``."""
+    flat = graph.stack(sample=SAMPLE, create_index=False)
+    return flat.isel(sample=flat["strength"].notnull().all(("target", "source")).values)
 
 
 def _median(values: xr.DataArray) -> xr.DataArray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-import matplotlib
 import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
@@ -24,6 +23,7 @@ from pyrodyn.plots.panels import (
     draw_paths,
     new_figure,
     some,
+    styled,
     variable_of,
 )
 from pyrodyn.posterior import recording_of
@@ -33,24 +33,8 @@ LEGEND_LIMIT = 6  # entries; more would hide the data
 TRACES = 4  # panels in a picture of chains
 SMOOTHING = 25  # steps over which the loss is averaged
 
-_styled = matplotlib.rc_context(
-    {
-        "font.size": 8.0,
-        "axes.titlesize": 8.5,
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.linewidth": 0.7,
-        "lines.linewidth": 1.2,
-        "legend.frameon": False,
-        "legend.fontsize": 7.5,
-        "xtick.major.width": 0.7,
-        "ytick.major.width": 0.7,
-    }
-)
 
-
-@_styled
+@styled
 def latents(posterior: xr.DataTree, *, trials: Sequence[int | str] | None = None) -> Figure:
     """Latent paths with 90% bands beneath the observations of the same trials.
 
@@ -93,7 +77,7 @@ def latents(posterior: xr.DataTree, *, trials: Sequence[int | str] | None = None
     return figure
 
 
-@_styled
+@styled
 def eigenvalues(posterior: xr.DataTree) -> Figure:
     """Eigenvalues of the dynamics in the complex plane, one faint point for each of every draw, and the unit circle.
 
@@ -113,7 +97,7 @@ def eigenvalues(posterior: xr.DataTree) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def trace(posterior: xr.DataTree) -> Figure:
     """The course of the fit: the loss over steps, or the draws of each chain.
 
@@ -145,7 +129,7 @@ def trace(posterior: xr.DataTree) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def rates(
     posterior: xr.DataTree,
     prediction: xr.Dataset | None = None,
@@ -226,7 +210,7 @@ def rates(
     return figure
 
 
-@_styled
+@styled
 def summary(posteriors: Mapping[str, xr.DataTree]) -> Figure:
     """One page: the first trial, its latents under every posterior, and the eigenvalues under every posterior.
 
@@ -292,7 +276,7 @@ def _loss(loss: np.ndarray) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def calibration(found: xr.Dataset, quantities: Sequence[str] | None = None) -> Figure:
     """Where the truth lies among the draws: how far each quantity's distribution of places is from uniform.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
@@ -17,6 +18,22 @@ GREY = "#8C8C8C"
 BAND = 1.645  # standard deviations on either side of a normal's mean that hold 90% of it
 LABEL_LIMIT = 40  # regions that can be named along an axis
 QUANTILE_BINS = 12  # points in a calibration plot
+
+styled = matplotlib.rc_context(
+    {
+        "font.size": 8.0,
+        "axes.titlesize": 8.5,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.7,
+        "lines.linewidth": 1.2,
+        "legend.frameon": False,
+        "legend.fontsize": 7.5,
+        "xtick.major.width": 0.7,
+        "ytick.major.width": 0.7,
+    }
+)
 
 
 def draw_data(axes: Axes, posterior: xr.DataTree, trial: Any, named: bool) -> Any:
