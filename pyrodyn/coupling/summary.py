@@ -78,7 +78,7 @@ def edge_table(graph: xr.Dataset, hdi_prob: float = 0.9) -> xr.Dataset:
             "share": share,
             "p_present": graph["probability"],
             "gain": gain.mean("sample", skipna=False),
-            "p_sign": ((gain > 0.0) & moved).sum("sample") / count.where(count > 0),
+            "p_sign": (gain > 0.0).sum("sample") / count.where(count > 0),
             "delay": _median(peak.where(moved)),
         },
         attrs={"hdi_prob": hdi_prob},
