@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyrodyn import guides, inference, models, readers, readouts
+    from pyrodyn import guides, inference, models, readers, readouts, systems
     from pyrodyn.calibration import calibrate
     from pyrodyn.coupling import (
         compare_edges,
@@ -50,6 +50,7 @@ __all__ = [
     "recording_of",
     "save",
     "simulate",
+    "systems",
     "to_inferencedata",
     "to_networkx",
     "write_graphml",

@@ -1,0 +1,8 @@
+"""Synthetic systems with known truth: each a `Recording`, and beside it everything that made it."""
+
+from __future__ import annotations
+
+from pyrodyn.systems.regions import coupled_regions
+from pyrodyn.systems.system import System
+
+__all__ = ["System", "coupled_regions"]
