@@ -16,16 +16,16 @@ from pyrodyn.systems.system import System
 
 @dataclass(frozen=True, eq=False)
 class Regions:
-    r"""A linear system of regions, with latents :math:`x_t = A x_{t-1} + b_t + \epsilon_t,\ \epsilon_t \sim N(0, Q)`.
+    r"""A linear system of regions: :math:`x_t = \sum_l A_l x_{t-l} + b_t + \epsilon_t,\ \epsilon_t \sim N(0, Q)`.
 
     Attributes
     ----------
     names : names of the regions, the first dimension of `adjacency`
     owner : (latent,) index of the region of each latent; -1 for the global one
     adjacency : (target, source) bool
-    dynamics : (latent, latent), A, acting on column vectors
+    dynamics : (lag, latent, latent), A_1, A_2, ..., acting on column vectors
     noise : sources of noise by name, each its covariance (latent, latent); Q is their sum
-    drift : (time, latent), b, the same in every trial; b_1 is not used
+    drift : (time, latent), b, the same in every trial, from the second bin on
     extra : further variables of the truth
     """
 
@@ -42,58 +42,78 @@ class Regions:
         return np.sum(list(self.noise.values()), 0)
 
     @cached_property
+    def companion(self) -> np.ndarray:
+        """Dynamics of the state (x_t, x_t-1, ...), as long as the longest lag."""
+        lags, dim, _ = self.dynamics.shape
+        shift = np.eye((lags - 1) * dim, lags * dim)
+        return np.concatenate([np.concatenate(list(self.dynamics), 1), shift])
+
+    def moments(self, noise: np.ndarray) -> np.ndarray:
+        """Stationary covariance of the state (x_t, x_t-1, ...) under this process noise (latent, latent)."""
+        return stationary(self.companion, self._padded(noise))
+
+    def _padded(self, noise: np.ndarray) -> np.ndarray:
+        rest = len(self.companion) - len(noise)
+        return np.pad(noise, ((0, rest), (0, rest)))
+
+    @cached_property
     def covariance(self) -> np.ndarray:
         """Stationary covariance (latent, latent) about the drift's mean path."""
-        return stationary(self.dynamics, self.process_noise)
+        dim = len(self.owner)
+        return self.moments(self.process_noise)[:dim, :dim]
 
     def mean(self, num_bins: int) -> np.ndarray:
-        """Mean path (time, latent), from zero in the first bin."""
+        """Mean path (time, latent), from zero in the first bin; a drift goes with a single lag."""
         path = np.zeros((num_bins, len(self.owner)))
         if self.drift is not None:
             for t in range(1, num_bins):
-                path[t] = self.dynamics @ path[t - 1] + self.drift[t]
+                path[t] = self.dynamics[0] @ path[t - 1] + self.drift[t]
         return path
 
     def strength(self) -> np.ndarray:
-        """Coupling strengths (target, source), 0 on the diagonal; see `coupled_regions`."""
+        """Coupling strengths (target, source), 0 without an edge; see `coupled_regions`."""
         size = len(self.names)
         found = np.zeros((size, size))
         parts = [np.flatnonzero(self.owner == r) for r in range(size)]
-        roots = [scipy.linalg.cholesky(self.covariance[np.ix_(part, part)], lower=True) for part in parts]
+        roots = [np.linalg.cholesky(self.covariance[np.ix_(part, part)]) for part in parts]
         for r, s in zip(*np.nonzero(self.adjacency), strict=True):
-            block = self.dynamics[np.ix_(parts[r], parts[s])]
+            blocks = self.dynamics[:, parts[r][:, None], parts[s]]
             # Any square root will do: they differ by a rotation, which the Frobenius norm does not see.
-            found[r, s] = np.linalg.norm(scipy.linalg.solve_triangular(roots[r], block @ roots[s], lower=True))
+            found[r, s] = np.linalg.norm(np.linalg.solve(roots[r], blocks @ roots[s]))
         return found
 
     def variance_share(self) -> np.ndarray:
         """Share (target, origin) of each region's stationary variance that each source of noise accounts for."""
         found = np.zeros((len(self.names), len(self.noise)))
         for column, noise in enumerate(self.noise.values()):
-            covariance = stationary(self.dynamics, noise)
+            covariance = self.moments(noise)
             for r in range(len(self.names)):
-                part = np.ix_(self.owner == r, self.owner == r)
-                found[r, column] = np.trace(np.linalg.solve(self.covariance[part], covariance[part]))
+                part = np.ix_(*[np.flatnonzero(self.owner == r)] * 2)
+                # Where nothing arrives, rounding leaves a zero of either sign.
+                found[r, column] = max(0.0, np.trace(np.linalg.solve(self.covariance[part], covariance[part])))
         return found / np.bincount(self.owner[self.owner >= 0])[:, None]
 
     def sample(self, rng: np.random.Generator, num_trials: int, num_bins: int) -> np.ndarray:
         """Paths (trial, time, latent), in equilibrium from the first bin."""
-        first = rng.standard_normal((num_trials, len(self.owner))) @ _root(self.covariance).T
-        steps = rng.standard_normal((num_bins, num_trials, len(self.owner))) @ _root(self.process_noise).T
-        steps[0] = first
-        turned = self.dynamics.T
-        for t in range(1, num_bins):
-            steps[t] += steps[t - 1] @ turned
-        return steps.swapaxes(0, 1) + self.mean(num_bins)
+        dim, lags = len(self.owner), len(self.dynamics)
+        steps = rng.standard_normal((lags + num_bins - 1, num_trials, dim))
+        past = steps[:lags].swapaxes(0, 1).reshape(num_trials, lags * dim) @ root(self.moments(self.process_noise)).T
+        path = steps @ root(self.process_noise).T
+        path[:lags] = past.reshape(num_trials, lags, dim).swapaxes(0, 1)[::-1]
+        turned = self.dynamics.swapaxes(1, 2)
+        for t in range(lags, len(path)):
+            # (lag, trial, latent): the last bin first.
+            path[t] += (path[t - lags : t][::-1] @ turned).sum(0)
+        return path[lags - 1 :].swapaxes(0, 1) + self.mean(num_bins)
 
 
 def stationary(dynamics: np.ndarray, noise: np.ndarray) -> np.ndarray:
     r"""The solution of :math:`\Sigma = A \Sigma A^\top + Q`."""
-    found = scipy.linalg.solve_discrete_lyapunov(dynamics, noise)
+    found = np.asarray(scipy.linalg.solve_discrete_lyapunov(dynamics, noise))
     return 0.5 * (found + found.T)
 
 
-def _root(covariance: np.ndarray) -> np.ndarray:
+def root(covariance: np.ndarray) -> np.ndarray:
     """A square root of a covariance that may be singular."""
     values, vectors = np.linalg.eigh(covariance)
     return vectors * np.sqrt(np.clip(values, 0.0, None))
@@ -137,7 +157,7 @@ def observe(
     )
     square = ("latent", "latent_from")
     data: dict[str, Any] = {
-        "dynamics": (square, system.dynamics),
+        "dynamics": (square, system.dynamics[0]),
         "process_noise": (square, system.process_noise),
         "stationary_covariance": (square, system.covariance),
         "loading": (("unit", "latent"), loading),
@@ -148,6 +168,8 @@ def observe(
         "latents": (("trial", "time", "latent"), latents),
         "rates": (("trial", "time", "unit"), rates, {"units": "events a bin"}),
     }
+    if len(system.dynamics) > 1:
+        data["dynamics"] = (("lag", *square), system.dynamics)
     if system.drift is not None:
         data["drift"] = (("time", "latent"), system.drift)
     coords = {
@@ -162,5 +184,7 @@ def observe(
         "source": names,
         "origin": np.array(list(system.noise)),
     }
+    if len(system.dynamics) > 1:
+        coords["lag"] = ("lag", np.arange(1, len(system.dynamics) + 1), {"units": "bins"})
     attrs = {name: int(value) if isinstance(value, bool) else value for name, value in options.items()}
     return System(recording, xr.Dataset(data | system.extra, coords, attrs | {"bin_width": bin_width}))

@@ -36,18 +36,16 @@ def whole(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
-def number(name: str, value: Any, *, above: float | None = None, least: float | None = None, most: float = math.inf):
-    """A finite number above (or at least) a bound, and at most another."""
-    low = least if above is None else above
-    good = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    if good:
-        value = float(value)
-        good = value <= most and (low is None or value > low or (above is None and value == low))
-    if not good:
-        bounds = [f"above {above:g}" if above is not None else "" if least is None else f"at least {least:g}"]
-        bounds += [f"at most {most:g}"] if most < math.inf else []
-        raise ValueError(f"{name} must be a number {' and '.join(filter(None, bounds))}, got {value!r}")
-    return value
+def number(
+    name: str, value: Any, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
+) -> float:
+    """A finite number above one bound, at least another, and at most a third."""
+    given = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not (math.isfinite(given) and given > above and least <= given <= most):
+        bounds = {"above": above, "at least": least, "at most": most}
+        said = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
+        raise ValueError(f"{name} must be a finite number{' ' * bool(said)}{said}, got {value!r}")
+    return given
 
 
 def one_of(name: str, value: Any, names: tuple[str, ...]) -> str:
