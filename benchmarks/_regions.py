@@ -5,8 +5,9 @@ for the three settings of `coupled_regions`, in under a minute.
 
 Floor: counts under a Gaussian kernel, factor analysis in every region, Granger's block statistic between the factors.
 Ceiling: the paths are smoothed under the true parameters, and blocks refitted to their posterior, one step of EM from
-the truth. Being started there it is drawn to it, so that its graph is a bound and not what a fit can be expected to
-reach; its global latent is what the spikes tell. Both, and the regression on the true latents, take the statistics from second moments in the same way.
+the truth. Being started there it is drawn to it: its graph is a bound, not what a fit can be expected to reach; its
+global latent is what the spikes tell. Floor, ceiling and the regression on the true latents take their statistics from
+second moments in the same way.
 """
 
 from __future__ import annotations
