@@ -286,7 +286,7 @@ def linearised_potential(readout: AffineReadout, point: Tensor, observations: Te
     predictor = readout.predict(point)
     curvature = readout.curvature(predictor, observations)
     target = readout.score(predictor, observations) + curvature * (predictor - readout.offset)
-    return _outer(readout, curvature), target @ readout.loading
+    return outer(readout, curvature), target @ readout.loading
 
 
 def laplace_path(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) -> GaussMarkov:
@@ -302,12 +302,12 @@ def laplace_evidence(prior: GaussMarkov, readout: AffineReadout, observations: T
         # torch's lazy properties turn gradients on inside no_grad: a prior not detached would have the search recorded.
         still = prior.detach()
         mode = find_mode(still, readout, observations)
-        precision = _outer(readout, readout.curvature(readout.predict(mode), observations))
+        precision = outer(readout, readout.curvature(readout.predict(mode), observations))
         curved = still.condition(precision, torch.zeros_like(mode))
     slope = prior.force(mode) + readout.score(readout.predict(mode), observations) @ readout.loading
     moved = mode + _Newton.apply(curved, slope)
     predictor = readout.predict(moved)
-    precision = prior.diagonal + _outer(readout, readout.curvature(predictor, observations))
+    precision = prior.diagonal + outer(readout, readout.curvature(predictor, observations))
     fluctuation = log_normaliser(precision, prior.upper, torch.zeros_like(mode))
     fit = readout.log_likelihood(predictor, observations)
     return fit + prior.log_potential(moved) - prior.log_normaliser + fluctuation
@@ -328,7 +328,7 @@ def find_mode(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) 
     active = torch.isfinite(value)
     for _ in range(MAX_NEWTON_STEPS):
         slope = prior.force(state) + score @ readout.loading
-        step = GaussMarkov(prior.diagonal + _outer(readout, curvature), prior.upper, slope).mean
+        step = GaussMarkov(prior.diagonal + outer(readout, curvature), prior.upper, slope).mean
         move = step @ readout.loading.mT
         size = (MAX_PREDICTOR_STEP / move.abs().amax((-2, -1)).clamp(min=1e-12)).clamp(max=1.0)
         gain = (slope * step).sum((-2, -1))
@@ -364,7 +364,7 @@ class _Newton(torch.autograd.Function):
         return None, ctx.curved._solve(grads[0])
 
 
-def _outer(readout: AffineReadout, curvature: Tensor) -> Tensor:
+def outer(readout: AffineReadout, curvature: Tensor) -> Tensor:
     """C' diag(curvature) C in every bin, (*batch, time, latent, latent)."""
     loading = readout.loading
     pairs = (loading.unsqueeze(-1) * loading.unsqueeze(-2)).flatten(-2)

@@ -305,6 +305,21 @@ class GaussMarkov(TorchDistribution):
         *_, columns, layout = as_columns(wide.diagonal, wide.upper, noise)
         return self.mean + from_columns(self._factor.colour(columns), layout)
 
+    def draw(self, noise: Tensor) -> Tensor:
+        """Map iid standard normal ``noise`` (*batch, time, latent) to a path, fast and without gradients.
+
+        By another square root than `transform`'s; `noise_of` is the inverse.
+        """
+        return self.mean + self._through(self._factor.draw, noise)
+
+    def noise_of(self, path: Tensor) -> Tensor:
+        """The noise that `draw` maps to ``path``."""
+        return self._through(self._factor.noise_of, path - self.mean)
+
+    def _through(self, change: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+        *_, columns, layout = as_columns(self.diagonal, self.upper, values)
+        return from_columns(change(columns), layout)
+
     @property
     def log_whitening_jacobian(self) -> Tensor:
         """``log |dx / dnoise|`` of `transform`, (*batch)."""

@@ -2,9 +2,10 @@
 
 from pyrodyn.inference.collapse import collapse, collapses
 from pyrodyn.inference.density import LogDensity
+from pyrodyn.inference.gibbs import Gibbs
 from pyrodyn.inference.hmc import HMC
 from pyrodyn.inference.laplace import Laplace
 from pyrodyn.inference.nuts import NUTS
 from pyrodyn.inference.svi import SVI
 
-__all__ = ["HMC", "NUTS", "SVI", "Laplace", "LogDensity", "collapse", "collapses"]
+__all__ = ["HMC", "NUTS", "SVI", "Gibbs", "Laplace", "LogDensity", "collapse", "collapses"]

@@ -44,7 +44,7 @@ class LogDensity:
     """
 
     def __init__(self, program: Program, recording: Recording, observations: Tensor | None = None) -> None:
-        self._plain, self.observations, self.recording = program, observations, recording
+        self.plain, self.observations, self.recording = program, observations, recording
         self.program: Any = program
         if observations is not None:
             self.program = poutine.condition(program, data={"observations": observations})
@@ -74,7 +74,7 @@ class LogDensity:
             return self
         chosen = copy.copy(self)
         chosen.observations = self.observations[replicates]
-        chosen.program = poutine.condition(self._plain, data={"observations": chosen.observations})
+        chosen.program = poutine.condition(self.plain, data={"observations": chosen.observations})
         return chosen
 
     def constrain(self, vector: Tensor) -> dict[str, Tensor]:

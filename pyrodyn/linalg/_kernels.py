@@ -292,6 +292,32 @@ def solve(root, link, columns, states, known):
             backward_step(root, link, states, states, b, t, t, dim)
 
 
+@kernel("blocks blocks strided blocks")
+def colour(root, link, noise, states, known):
+    """The second half of `solve`: states of precision J from iid noise."""
+    dim = len(known) or root.shape[3]
+    for b in range(root.shape[0]):
+        for t in range(root.shape[1] - 1, -1, -1):
+            backward_step(root, link, noise, states, b, t, t, dim)
+
+
+@kernel("blocks blocks strided blocks")
+def whiten(root, link, states, noise, known):
+    """The inverse of `colour`: R_t' x_t + W_t x_t+1."""
+    dim = len(known) or root.shape[3]
+    for b in range(root.shape[0]):
+        for t in range(root.shape[1]):
+            for i in range(dim):
+                for n in range(states.shape[3]):
+                    total = states[b, t, i, n] / root[b, t, i, i]
+                    for k in range(i + 1, dim):
+                        total += root[b, t, k, i] * states[b, t, k, n]
+                    if t < root.shape[1] - 1:
+                        for k in range(dim):
+                            total += link[b, t, i, k] * states[b, t + 1, k, n]
+                    noise[b, t, i, n] = total
+
+
 @kernel("blocks blocks blocks blocks")
 def marginals(root, link, covariance, cross, known):
     dim = len(known) or root.shape[3]

@@ -114,6 +114,24 @@ class ChainFactor:
             noise = noise[..., 0::2, :, :]
         return self.restore([*split, noise])
 
+    def draw(self, noise: Tensor) -> Tensor:
+        """As `colour`; `noise_of` is its inverse."""
+        return self.colour(noise)
+
+    def noise_of(self, states: Tensor) -> Tensor:
+        """The noise (*batch, time, latent, column) that `draw` maps to these states."""
+        levels = []
+        for root, links in self._levels:
+            evens, odd = states[..., 0::2, :, :], states[..., 1::2, :, :]
+            count = odd.shape[-3]
+            neighbours = torch.cat([evens[..., :count, :, :], _next(evens, count)], -2)
+            levels.append(root.mT @ odd + links @ neighbours)
+            states = evens
+        noise = self._last.mT @ states
+        for odd in reversed(levels):
+            noise = _interleave(noise, odd)
+        return noise
+
     def marginals(self) -> tuple[Tensor, Tensor]:
         """Blocks of J^-1: Cov(x_t) (*batch, time, latent, latent) and Cov(x_t, x_t+1) (*batch, time - 1, ...)."""
         identity = torch.eye(self.latent_dim, dtype=self._last.dtype, device=self._last.device)

@@ -1,5 +1,6 @@
 """The zoo: one model a file. Each is a frozen dataclass of options and a Pyro program of a recording."""
 
 from pyrodyn.models.lds import LDS
+from pyrodyn.models.multi_region_lds import MultiRegionLDS
 
-__all__ = ["LDS"]
+__all__ = ["LDS", "MultiRegionLDS"]

@@ -1,0 +1,387 @@
+r"""Coupled regions: a hierarchical linear dynamical system with a posterior over who drives whom."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyrodyn.distributions import GaugedLoading, GaussMarkov, NetworkLayout, NetworkPrior, network_layout
+from pyrodyn.distributions.network import LEVEL_PERSISTENCE
+from pyrodyn.errors import ModelError
+from pyrodyn.linalg.stationary import block_strength, spectral_radius, stationary_covariance, variance_shares
+from pyrodyn.models import _regions
+from pyrodyn.models._regions import BUMPS, GLOBAL, INITIAL, INNOVATION_SD, LEVEL, SIGNAL, Edge
+from pyrodyn.program import Labelled, StateSpaceModel
+from pyrodyn.readouts import AffineReadout, Poisson, Readout
+from pyrodyn.recording import Recording
+
+
+class MultiRegionParameters(NamedTuple):
+    """Global parameters, each (*draw, 1, *event) or (*event); latents: each region's, the global ones, the level."""
+
+    dynamics: Tensor  # (latent, latent)
+    innovation_loading: Tensor  # (latent, shared): of the innovations that regions share
+    initial_variance: Tensor  # (latent)
+    loading: Tensor  # (unit, latent)
+    offset: Tensor  # (unit)
+    noise: Tensor | None  # (unit): the readout's own parameter
+    input_gain: Tensor | None  # (latent, input)
+    time_locked: Tensor | None  # (latent, condition, bump)
+
+
+@dataclass(frozen=True)
+class MultiRegionLDS(StateSpaceModel):
+    r"""Coupled linear dynamics of several regions, with what they share.
+
+    With :math:`x^r` the latents of region r and g the global ones,
+
+    .. math::
+        x^r_t &= A_{rr} x^r_{t-1} + \sum_{s \ne r} z_{rs} A_{rs} x^s_{t-1} + B_r g_{t-1} + b_r \ell + D_r u_t
+            + U_r \varphi_{c, t} + \Gamma_r \xi_t + \epsilon^r_t, \\
+        g_t &= \mathrm{diag}(a)\, g_{t-1} + \epsilon^g_t, \qquad
+        \eta_t^r = C_r x^r_t + d_r, \qquad y_{t,n} \sim p(\cdot \mid \eta_{t,n}),
+
+    with iid standard normal :math:`\epsilon` and :math:`\xi`. Edges :math:`z_{rs} \in \{0, 1\}` may run both ways. What
+    would imitate coupling has a place of its own: innovations :math:`\xi` shared by regions, an input :math:`\varphi`
+    locked to the time of the trial (hat functions, for every condition), and a level :math:`\ell` of the trial.
+
+    **Gauge.** Private innovations have unit covariance; the rotation left in each region is fixed by a loading that is
+    lower triangular in pivot units (see `GaugedLoading`). The priors of blocks are invariant under these rotations.
+
+    **Priors.** Entries of :math:`A_{rr}` are normal about ``persistence`` times the identity; a block
+    :math:`A_{rs}` has a Frobenius norm of ``coupling_scale`` (root mean square, divided by the root of the expected
+    number of sources of r); edges are there with their prior probability; and the whole is stable (see `NetworkPrior`).
+    The scales of signals, initial states and time-locked inputs are learned.
+
+    Parameters
+    ----------
+    latent_dim : int or mapping of region to int
+        Latents of each region. An int serves for every region of the recording.
+    edges : networkx.DiGraph or sequence of (source, target[, probability]), optional
+        Edges that may exist; all by default. An edge attribute ``probability`` is its prior probability.
+    edge_probability : float
+        Prior probability of edges that state none. 1 keeps all edges.
+    global_dim : int
+        Shared global latents.
+    shared_innovations : int
+        Rank of the innovations shared by regions.
+    trial_level : bool
+        Whether each trial has a level of its own; ignored where there is one trial.
+    time_bumps : int
+        Hat functions of the time-locked input; 0 for none. Ignored where each condition has a single trial.
+    conditions : sequence of str
+        Conditions with a time-locked input of their own. By default all trials share one.
+    readout : Readout
+    coupling_scale, persistence : float
+
+    Notes
+    -----
+    An engine that moves by gradients keeps all edges; `inference.Gibbs` samples them.
+
+    References
+    ----------
+    Glaser et al., NeurIPS 2020 (coupled populations); George & McCulloch, JASA 88:881 (1993), on spike and slab.
+    """
+
+    latent_dim: int | Mapping[str, int] | tuple[tuple[str, int], ...]
+    edges: Any = None
+    edge_probability: float = 0.5
+    global_dim: int = 1
+    shared_innovations: int = 1
+    trial_level: bool = True
+    time_bumps: int = 12
+    conditions: tuple[str, ...] = ()
+    readout: Readout = field(default_factory=Poisson)
+    coupling_scale: float = 0.35
+    persistence: float = 0.7
+
+    def __post_init__(self) -> None:
+        def keep(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        keep("latent_dim", _regions.checked_dims(self.latent_dim))
+        keep("edges", _regions.checked_edges(self.edges, self.edge_probability))
+        keep("conditions", tuple(str(name) for name in self.conditions))
+        for name in ("global_dim", "shared_innovations", "time_bumps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ModelError(f"{name} must be a whole number of 0 or more, got {value!r}")
+        if self.time_bumps == 1:
+            raise ModelError("time_bumps must be 0 or at least 2, got 1: one hat function has no width")
+        if not 0.0 < self.edge_probability <= 1.0:
+            raise ModelError(f"edge_probability must lie in (0, 1], got {self.edge_probability!r}")
+        if not self.coupling_scale > 0:
+            raise ModelError(f"coupling_scale must be positive, got {self.coupling_scale!r}")
+        if not -1.0 < self.persistence < 1.0:
+            raise ModelError(f"persistence must lie between -1 and 1, got {self.persistence!r}")
+        if not isinstance(self.readout, Readout):
+            raise ModelError(f"readout must be one of pyrodyn.readouts, such as Poisson(), got {self.readout!r}")
+
+    # ------------------------------------------------------------------------------------------ the program
+
+    def check(self, recording: Recording) -> None:
+        _regions.check(self, recording)
+        self.readout.check(recording)
+
+    def sample_globals(self, recording: Recording) -> MultiRegionParameters:
+        layout, like = self.layout(recording), recording.scale
+        zero = torch.zeros((), dtype=torch.float64, device=like.device)
+        regional, regions = layout.regional, layout.num_regions
+        network = pyro.sample("network", self.network_prior(recording))
+        signal = pyro.sample("signal_variance", dist.InverseGamma(*_rates(SIGNAL, zero, regions)).to_event(1))
+        start = pyro.sample("initial_variance", dist.InverseGamma(*_rates(INITIAL, zero, regions + 1)).to_event(1))
+        blocks = []
+        for r, (name, dim, units) in enumerate(self.regions(recording)):
+            weights = pyro.sample(f"weights_{name}", GaugedLoading(len(units), dim, self.pivots(recording)[r]))
+            scale = self.readout.signal_scale(recording)[units].unsqueeze(-1)
+            blocks.append(signal[..., r, None, None].sqrt() * scale * weights)
+        offset = self.readout.sample_offset(recording)
+        noise = self.readout.sample_noise(recording)
+        gain = time_locked = None
+        if recording.num_inputs:
+            drive = pyro.sample("drive", dist.Normal(zero.expand(regional, recording.num_inputs), 1.0).to_event(2))
+            gain = drive / recording.input_scale
+        bumps = self.num_bumps(recording)
+        if bumps:
+            variance = pyro.sample("bump_variance", dist.InverseGamma(*_rates(BUMPS, zero, regions)).to_event(1))
+            heights = pyro.sample("bumps", dist.Normal(zero.expand(regional, *bumps), 1.0).to_event(3))
+            time_locked = variance[..., layout.group[:regional], None, None].sqrt() * heights
+        shared = zero.new_zeros(layout.size, 0)
+        if self.shared_innovations:
+            prior = dist.Normal(zero.expand(regional, self.shared_innovations), INNOVATION_SD)
+            own = pyro.sample("innovations", prior.to_event(2))
+            shared = torch.cat([own, own.new_zeros(*own.shape[:-2], layout.size - regional, own.shape[-1])], -2)
+        return MultiRegionParameters(
+            layout.matrix(network),
+            shared,
+            self.spread_initial(start, layout),
+            self.join_loading(blocks, recording),
+            offset,
+            noise,
+            gain,
+            time_locked,
+        )
+
+    def latent_path(self, parameters: MultiRegionParameters, recording: Recording) -> GaussMarkov:
+        layout = self.layout(recording)
+        return GaussMarkov.from_dynamics(
+            parameters.dynamics,
+            self.process_noise(parameters, layout),
+            num_bins=recording.num_bins,
+            initial_covariance=torch.diag_embed(parameters.initial_variance),
+            drift=self.drift(parameters, recording),
+        )
+
+    def readout_law(self, parameters: MultiRegionParameters, path: Tensor, recording: Recording) -> AffineReadout:
+        return AffineReadout(
+            self.readout, path, parameters.loading, parameters.offset, parameters.noise, recording.mask
+        )
+
+    # ------------------------------------------------------------------------------------------ its parts
+
+    def regions(self, recording: Recording) -> list[tuple[str, int, Tensor]]:
+        """Name, latents and positions of the units of every region."""
+        return _regions.regions_of(self, recording)
+
+    def layout(self, recording: Recording) -> NetworkLayout:
+        """How the dynamics stand in one vector."""
+        names = [name for name, _, _ in self.regions(recording)]
+        dims = tuple(dim for _, dim, _ in self.regions(recording))
+        edges = tuple((names.index(edge.target), names.index(edge.source)) for edge in self.possible_edges(recording))
+        return network_layout(dims, self.global_dim, self.trial_level and recording.num_trials > 1, edges)
+
+    def possible_edges(self, recording: Recording) -> tuple[Edge, ...]:
+        """The edges that may exist among the regions of a recording."""
+        if self.edges is not None:
+            return self.edges
+        names = [name for name, _, _ in self.regions(recording)]
+        return tuple(Edge(s, t, self.edge_probability) for t in names for s in names if s != t)
+
+    def network_prior(self, recording: Recording) -> NetworkPrior:
+        """Prior of the dynamics."""
+        layout = self.layout(recording)
+        probability = torch.tensor([edge.probability for edge in self.possible_edges(recording)], dtype=torch.float64)
+        mean, sd = _regions.entry_prior(layout, probability, self.persistence, self.coupling_scale)
+        device = recording.scale.device
+        return NetworkPrior(layout, mean.to(device), sd.to(device), probability.to(device))
+
+    def num_bumps(self, recording: Recording) -> tuple[int, int] | None:
+        """Conditions and hat functions of the time-locked input; None where there is none."""
+        conditions = max(1, len(self.conditions))
+        if not self.time_bumps or recording.num_trials <= conditions or recording.num_bins < self.time_bumps:
+            return None
+        return conditions, self.time_bumps
+
+    def design(self, recording: Recording) -> Tensor:
+        """The time-locked input :math:`\\varphi` of every trial, (trial, time, condition x bump)."""
+        return _regions.design(self, recording)
+
+    def process_noise(self, parameters: MultiRegionParameters, layout: NetworkLayout) -> Tensor:
+        """Covariance of the innovations, private and shared, (*draw, 1, latent, latent)."""
+        shared = parameters.innovation_loading
+        own = torch.ones(layout.size, dtype=shared.dtype, device=shared.device)
+        if layout.level:
+            own[-1] = 1.0 - LEVEL_PERSISTENCE**2
+        return own.diag() + shared @ shared.mT
+
+    def drift(self, parameters: MultiRegionParameters, recording: Recording) -> Tensor | None:
+        """What inputs add to the latents in every bin but the first, (*draw, trial, time - 1, latent); None for none."""
+        regional, total = self.layout(recording).regional, None
+        if parameters.input_gain is not None and recording.inputs is not None:
+            total = recording.inputs[:, 1:] @ parameters.input_gain.mT
+        if parameters.time_locked is not None:
+            locked = self.design(recording)[:, 1:] @ parameters.time_locked.flatten(-2).mT
+            total = locked if total is None else total + locked
+        if total is None:
+            return None
+        rest = self.layout(recording).size - regional
+        return torch.cat([total, total.new_zeros(*total.shape[:-1], rest)], -1)
+
+    def spread_initial(self, variance: Tensor, layout: NetworkLayout) -> Tensor:
+        """Initial variance of every latent, from one for each region and one for the global latents."""
+        index = layout.group.clone()
+        index[layout.regional :] = layout.num_regions
+        spread = variance[..., index]
+        if layout.level:
+            spread = torch.cat([spread[..., :-1], torch.ones_like(spread[..., -1:])], -1)
+        return spread
+
+    def join_loading(self, blocks: list[Tensor], recording: Recording) -> Tensor:
+        """The loading (*draw, unit, latent) of all regions, zero where a unit does not see a latent."""
+        layout = self.layout(recording)
+        joined = blocks[0].new_zeros(*blocks[0].shape[:-2], recording.num_units, layout.size)
+        for block, place, (_, _, units) in zip(blocks, layout.places, self.regions(recording), strict=True):
+            wide = torch.nn.functional.pad(block, (place.start, layout.size - place.stop))
+            joined = joined.index_copy(-2, units, wide)
+        return joined
+
+    def pivots(self, recording: Recording) -> list[tuple[int, ...]]:
+        """In each region, the positions among its units of those whose loading rows fix the rotation."""
+        return [start.pivots for start in _regions.starts(self, recording)]
+
+    def initial_values(self, recording: Recording) -> dict[str, Tensor]:
+        return _regions.initial_values(self, recording)
+
+    # ------------------------------------------------------------------------------------------ the posterior
+
+    def coordinates(self, recording: Recording) -> dict[str, Any]:
+        layout = self.layout(recording)
+        names = [name for name, _, _ in self.regions(recording)]
+        common = [GLOBAL] * layout.num_globals + [LEVEL] * layout.level
+        owner = [names[r] for r in layout.group[: layout.regional].tolist()] + common
+        labels = [f"{name}:{owner[:i].count(name)}" for i, name in enumerate(owner)]
+        sources = [*names, *dict.fromkeys(common)] + ["shared"] * bool(self.shared_innovations)
+        return {
+            "latent": labels,
+            "latent_from": labels,
+            "latent_region": ("latent", owner),
+            "target": names,
+            "source": names,
+            "share_source": sources,
+            "condition": list(self.conditions) or ["all"],
+        }
+
+    def label(self, parameters: MultiRegionParameters) -> Labelled:
+        labelled: Labelled = {
+            "dynamics": (("latent", "latent_from"), parameters.dynamics),
+            "innovation_loading": (("latent", "shared"), parameters.innovation_loading),
+            "initial_variance": (("latent",), parameters.initial_variance),
+            "loading": (("unit", "latent"), parameters.loading),
+            "offset": (("unit",), parameters.offset),
+        }
+        if self.readout.noise_name is not None:
+            labelled[self.readout.noise_name] = (("unit",), parameters.noise)
+        if parameters.input_gain is not None:
+            labelled["input_gain"] = (("regional_latent", "input"), parameters.input_gain)
+        if parameters.time_locked is not None:
+            labelled["time_locked"] = (("regional_latent", "condition", "bump"), parameters.time_locked)
+        return labelled
+
+    def unlabel(self, values: Mapping[str, Tensor]) -> MultiRegionParameters:
+        noise = None if self.readout.noise_name is None else values[self.readout.noise_name]
+        return MultiRegionParameters(
+            values["dynamics"], values["innovation_loading"], values["initial_variance"], values["loading"],
+            values["offset"], noise, values.get("input_gain"), values.get("time_locked"),
+        )  # fmt: skip
+
+    def invariants(self, parameters: MultiRegionParameters) -> Labelled:
+        layout = self._layout_of(parameters)
+        with torch.no_grad():
+            dynamics, loading = parameters.dynamics, parameters.loading
+            noise = self.process_noise(parameters, layout)
+            covariance = stationary_covariance(dynamics, noise)
+            signal = ((loading @ covariance) * loading).sum(-1).clamp(min=0.0).sqrt()
+            moved = dynamics @ covariance
+            ahead = loading @ moved
+            lagged = (ahead * loading).sum(-1)
+            turned = ((ahead - loading @ moved.mT) * loading.roll(-1, -2)).sum(-1)
+            own = noise - parameters.innovation_loading @ parameters.innovation_loading.mT
+            shares = variance_shares(dynamics, own, parameters.innovation_loading, layout.group)
+        found: Labelled = {
+            "coupling_strength": (("target", "source"), block_strength(dynamics, covariance, layout.places)),
+            "variance_share": (("target", "share_source"), shares),
+            "spectral_radius": ((), spectral_radius(dynamics[..., : layout.regional, : layout.regional])),
+            "signal_sd": (("unit",), signal),
+            "lag_one_covariance": (("unit",), lagged),
+            "lag_one_asymmetry": (("unit",), turned),
+            "offset": (("unit",), parameters.offset),
+        }
+        if layout.num_globals:
+            persistence = dynamics.diagonal(dim1=-2, dim2=-1)[
+                ..., layout.regional : layout.regional + layout.num_globals
+            ]
+            found["global_persistence"] = (("global",), persistence.sort(-1, descending=True).values)
+        if self.readout.noise_name is not None:
+            found[self.readout.noise_name] = (("unit",), parameters.noise)
+        if parameters.input_gain is not None:
+            effect = loading[..., : layout.regional] @ parameters.input_gain
+            found["input_effect"] = (("unit", "input"), effect)
+        return found
+
+    def transformed(self, parameters: MultiRegionParameters, recording: Recording, seed: int) -> MultiRegionParameters:
+        """Turn each region's latents, reflect the common ones, and turn the shared innovations."""
+        layout = self.layout(recording)
+        generator = torch.Generator().manual_seed(seed)
+
+        def orthogonal(size: int) -> Tensor:
+            basis, triangle = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+            return basis * triangle.diagonal().sign()
+
+        signs = 1.0 - 2.0 * torch.randint(2, (layout.size - layout.regional, 1, 1), generator=generator).double()
+        turn = torch.block_diag(*(orthogonal(dim) for dim in layout.dims), *signs).to(recording.scale.device)
+        regional = turn[: layout.regional, : layout.regional]
+        gain, locked = parameters.input_gain, parameters.time_locked
+        return parameters._replace(
+            dynamics=turn @ parameters.dynamics @ turn.mT,
+            innovation_loading=turn @ parameters.innovation_loading @ orthogonal(self.shared_innovations).to(turn),
+            loading=parameters.loading @ turn.mT,
+            input_gain=None if gain is None else regional @ gain,
+            time_locked=None if locked is None else torch.einsum("ij,...jcb->...icb", regional, locked),
+        )
+
+    def conditionals(self, recording: Recording, observations: Tensor | None = None) -> Any:
+        """The moves of blocked Gibbs sampling; see `inference.Gibbs`."""
+        from pyrodyn.models._regions_sweep import RegionSweep
+
+        return RegionSweep(self, recording, observations)
+
+    def _layout_of(self, parameters: MultiRegionParameters) -> NetworkLayout:
+        """The layout, without edges, of parameters whose recording is not at hand."""
+        size = parameters.dynamics.shape[-1]
+        level = size > self.global_dim and bool((parameters.dynamics[..., -1, -1] == LEVEL_PERSISTENCE).all())
+        regional = size - self.global_dim - level
+        if isinstance(self.latent_dim, int):
+            dims = (self.latent_dim,) * (regional // self.latent_dim)
+        else:
+            dims = tuple(dim for _, dim in self.latent_dim)
+        return network_layout(dims, self.global_dim, level, ())
+
+
+def _rates(prior: tuple[float, float], zero: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    return zero.expand(size) + prior[0], zero.expand(size) + prior[1]
