@@ -13,17 +13,22 @@ Reference: Shahbaba, Lan, Johnson & Neal, Stat. Comput. 24:339 (2014), on splitt
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import pyro
 import torch
 from torch import Tensor
 
 from pyrodyn.conditioning import gaussian_potential, outer
 from pyrodyn.distributions import GaussMarkov
+from pyrodyn.program import trial_plate
 from pyrodyn.readouts import AffineReadout
+from pyrodyn.recording import Recording
 
 KICKS = 2  # to a trajectory
 LEAST_CURVATURE = 1e-6
+SPREAD = 3  # pairs of paths over which a reference is averaged
 
 
 class Reference(NamedTuple):
@@ -58,19 +63,6 @@ def gaussian_path(prior: GaussMarkov, readout: AffineReadout, observations: Tens
     return near.draw(torch.randn(near.batch_shape + near.event_shape))
 
 
-def nearby_path(
-    prior: GaussMarkov, readout: AffineReadout, observations: Tensor, path: Tensor
-) -> tuple[Tensor, Reference]:
-    """An approximate draw: from the Laplace approximation after one Newton step from ``path``. For warm-up alone."""
-    first = Reference.about(readout, readout.predict(path), observations)
-    mean = prior.condition(*first.potential(readout)).mean
-    # A Newton step under exp() can overshoot from afar; halfway is closer than all the way.
-    predictor = readout.predict(path) + (readout.predict(mean) - readout.predict(path)).clamp(-2.0, 2.0)
-    reference = Reference.about(readout, predictor, observations)
-    near = prior.condition(*reference.potential(readout))
-    return near.draw(torch.randn_like(path)), reference
-
-
 def turned_path(
     prior: GaussMarkov, readout: AffineReadout, observations: Tensor, path: Tensor, reference: Reference
 ) -> tuple[Tensor, Tensor]:
@@ -101,3 +93,50 @@ def turned_path(
     acceptance = change.clamp(max=0.0).exp()
     accepted = torch.rand_like(acceptance) < acceptance
     return torch.where(accepted[..., None, None], mean + place, path), acceptance
+
+
+def settled(
+    prior: GaussMarkov, readout: AffineReadout, observations: Tensor, reference: Reference | None, rounds: int
+) -> Reference:
+    """The reference about the mean path that it gives itself, scores and curvatures averaged over the path's spread.
+
+    From predictors that do not move with the path, if there is none to start from.
+    """
+    if reference is None:
+        still = readout.offset.expand(*readout.batch_shape, *readout.event_shape)
+        reference = Reference.about(readout, still, observations)
+    for _ in range(rounds):
+        near = prior.condition(*reference.potential(readout))
+        mean = readout.predict(near.mean)
+        # A full step under exp() can overshoot from afar.
+        centre = reference.centre + (mean - reference.centre).clamp(-2.0, 2.0)
+        parts = []
+        for _ in range(SPREAD):
+            apart = readout.predict(near.draw(torch.randn_like(near.mean))) - mean
+            parts += [readout.expand_log(centre + side, observations)[1:] for side in (-apart, apart)]
+        score, curvature = (torch.stack(part).mean(0) for part in zip(*parts, strict=True))
+        reference = Reference(centre, score, curvature)
+    return reference
+
+
+@dataclass(frozen=True)
+class Referenced:
+    """A program with its path integrated out under a fixed `Reference`: a climb on it needs no search for the path."""
+
+    model: Any
+    reference: Reference
+
+    def __call__(self, recording: Recording) -> None:
+        prior, readout = factors(self.model, self.model.sample_globals(recording), recording)
+        near = prior.condition(*self.reference.potential(readout))
+        apart = readout.offset - self.reference.centre
+        at_zero = (apart * (self.reference.score - 0.5 * self.reference.curvature * apart)).sum((-2, -1))
+        with trial_plate(recording):
+            pyro.factor("observations", at_zero + near.log_normaliser - prior.log_normaliser)
+
+
+def factors(model: Any, parameters: Any, recording: Recording) -> tuple[GaussMarkov, AffineReadout]:
+    """Prior of the path, and the readout: of the latter its parts are wanted, so that its path is one of zeros."""
+    prior = model.latent_path(parameters, recording)
+    zeros = prior.linear.new_zeros(recording.num_trials, *prior.event_shape)
+    return prior, model.readout_law(parameters, zeros, recording)

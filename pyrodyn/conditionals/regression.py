@@ -12,6 +12,7 @@ Reference: George & McCulloch, Statistica Sinica 7:339 (1997).
 
 from __future__ import annotations
 
+import math
 from itertools import product
 
 import torch
@@ -64,51 +65,93 @@ class SourceSets:
         coefficients : Tensor, (chain, regressor, latent), exactly zero for absent sources
         present : Tensor of bool, (chain, source)
         """
+        law = SourceLaw(self, gram, cross, mean, precision)
+        if self.count > ENUMERATED:
+            for source in torch.randperm(self.count).tolist():
+                present = law.choose(self.candidates(present, source))
+        elif self.count:
+            present = law.choose(self.candidates(present, None))
+        return law.coefficients(present), present
+
+    def candidates(self, present: Tensor, source: int | None) -> Tensor:
+        """Sets to choose from, (chain, set, source): all of them, or ``present`` without and with one source."""
+        if source is None:
+            return self.sets.to(present.device).expand(len(present), -1, -1)
+        pair = present.unsqueeze(1).repeat(1, 2, 1)
+        pair[:, 0, source], pair[:, 1, source] = False, True
+        return pair
+
+
+class SourceLaw:
+    """The joint law of sources and coefficients of one target, for given sufficient statistics; see `SourceSets`."""
+
+    def __init__(self, sets: SourceSets, gram: Tensor, cross: Tensor, mean: Tensor, precision: Tensor) -> None:
+        self.sets, self.shape = sets, cross.shape
         whole = gram + torch.diag_embed(precision)
         pull = cross + precision.unsqueeze(-1) * mean
-        a, e = self.always, self.free
-        root = cholesky(whole[:, a[:, None], a])
-        side = torch.linalg.solve_triangular(root, whole[:, a[:, None], e], upper=False)
-        own = torch.linalg.solve_triangular(root, pull[:, a], upper=False)
-        coefficients = torch.zeros_like(pull)
-        if self.count:
-            schur = whole[:, e[:, None], e] - side.mT @ side
-            rest = pull[:, e] - side.mT @ own
-            present = self._sources(schur, rest, precision[:, e], present)
-            inside = present[:, self.owner]
-            held, linear = _restrict(schur, rest, inside)
-            free = _normal(cholesky(held), linear)
-            coefficients[:, e] = torch.where(inside.unsqueeze(-1), free, 0.0)
-            own = own - side @ coefficients[:, e]
-        noise = torch.randn_like(own)
-        coefficients[:, a] = torch.linalg.solve_triangular(root.mT, own + noise, upper=True)
-        return coefficients, present
+        a, e = sets.always, sets.free
+        # What is always there is integrated out of the question which sources are.
+        self.root = cholesky(whole[:, a[:, None], a])
+        self.side = torch.linalg.solve_triangular(self.root, whole[:, a[:, None], e], upper=False)
+        self.own = torch.linalg.solve_triangular(self.root, pull[:, a], upper=False)
+        self.schur = whole[:, e[:, None], e] - self.side.mT @ self.side
+        self.rest = pull[:, e] - self.side.mT @ self.own
+        self.precision = precision[:, e]
 
-    def _sources(self, schur: Tensor, rest: Tensor, precision: Tensor, present: Tensor) -> Tensor:
-        """Which sources, (chain, source), given sufficient statistics from which all else is integrated out."""
-        if self.count <= ENUMERATED:
-            sets = self.sets.to(present.device).expand(len(present), -1, -1)
-            return self._choose(schur, rest, precision, sets)
-        for source in torch.randperm(self.count).tolist():
-            pair = present.unsqueeze(1).repeat(1, 2, 1)
-            pair[:, 0, source], pair[:, 1, source] = False, True
-            present = self._choose(schur, rest, precision, pair)
-        return present
+    def choose(self, candidates: Tensor) -> Tensor:
+        """One of several sets (chain, set, source), by its probability."""
+        chosen = torch.multinomial(self.log_probabilities(candidates).exp(), 1).squeeze(-1)
+        return candidates[torch.arange(len(candidates)), chosen]
 
-    def _choose(self, schur: Tensor, rest: Tensor, precision: Tensor, sets: Tensor) -> Tensor:
-        """One of several sets (chain, set, source), by its posterior probability."""
-        inside = sets[..., self.owner]
-        held, linear = _restrict(schur.unsqueeze(1), rest.unsqueeze(1), inside)
+    def log_probabilities(self, candidates: Tensor) -> Tensor:
+        """Of each set among the candidates, (chain, set)."""
+        inside = candidates[..., self.sets.owner]
+        held, linear = _restrict(self.schur.unsqueeze(1), self.rest.unsqueeze(1), inside)
         root = cholesky(held)
         white = torch.linalg.solve_triangular(root, linear, upper=False)
-        latents = rest.shape[-1]
-        volume = torch.where(inside, precision.log().unsqueeze(1), 0.0).sum(-1)
+        latents = self.shape[-1]
+        volume = torch.where(inside, self.precision.log().unsqueeze(1), 0.0).sum(-1)
         score = 0.5 * latents * volume - latents * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         score = score + 0.5 * white.square().sum((-2, -1))
-        prior = torch.where(sets, self.probability.log(), torch.log1p(-self.probability)).sum(-1)
-        weight = torch.softmax(torch.nan_to_num(score + prior, -torch.inf), -1)
-        chosen = torch.multinomial(weight, 1).squeeze(-1)
-        return sets[torch.arange(len(sets)), chosen]
+        prior = torch.where(candidates, self.sets.probability.log(), torch.log1p(-self.sets.probability)).sum(-1)
+        return torch.log_softmax(torch.nan_to_num(score + prior, -torch.inf), -1)
+
+    def coefficients(self, present: Tensor) -> Tensor:
+        """Coefficients (chain, regressor, latent) given the sources."""
+        found = self.own.new_zeros(self.shape)
+        own = self.own
+        if self.sets.count:
+            inside = present[:, self.sets.owner]
+            held, linear = _restrict(self.schur, self.rest, inside)
+            root = cholesky(held)
+            white = torch.linalg.solve_triangular(root, linear, upper=False)
+            free = torch.linalg.solve_triangular(root.mT, white + torch.randn_like(white), upper=True)
+            found[:, self.sets.free] = torch.where(inside.unsqueeze(-1), free, 0.0)
+            own = own - self.side @ found[:, self.sets.free]
+        found[:, self.sets.always] = torch.linalg.solve_triangular(
+            self.root.mT, own + torch.randn_like(own), upper=True
+        )
+        return found
+
+    def log_density(self, coefficients: Tensor, present: Tensor) -> Tensor:
+        """Of coefficients given the sources, (chain)."""
+        a, e = self.sets.always, self.sets.free
+        latents = self.shape[-1]
+        own = self.own - self.side @ coefficients[:, e]
+        white = self.root.mT @ coefficients[:, a] - own
+        total = latents * (self.root.diagonal(dim1=-2, dim2=-1).log().sum(-1) - len(a) * _LOG_ROOT)
+        total = total - 0.5 * white.square().sum((-2, -1))
+        if self.sets.count:
+            inside = present[:, self.sets.owner]
+            held, linear = _restrict(self.schur, self.rest, inside)
+            root = cholesky(held)
+            white = root.mT @ coefficients[:, e] - torch.linalg.solve_triangular(root, linear, upper=False)
+            volume = root.diagonal(dim1=-2, dim2=-1).log().sum(-1) - inside.sum(-1) * _LOG_ROOT
+            total = total + latents * volume - 0.5 * white.square().sum((-2, -1))
+        return total
+
+
+_LOG_ROOT = 0.5 * math.log(2.0 * math.pi)
 
 
 def _restrict(matrix: Tensor, linear: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,9 +159,3 @@ def _restrict(matrix: Tensor, linear: Tensor, inside: Tensor) -> tuple[Tensor, T
     both = inside.unsqueeze(-1) & inside.unsqueeze(-2)
     held = torch.where(both, matrix, 0.0) + torch.diag_embed((~inside).to(matrix.dtype))
     return held, torch.where(inside.unsqueeze(-1), linear, 0.0)
-
-
-def _normal(root: Tensor, linear: Tensor) -> Tensor:
-    """A draw from the Gaussian of precision ``root root'`` and linear part ``linear``."""
-    white = torch.linalg.solve_triangular(root, linear, upper=False)
-    return torch.linalg.solve_triangular(root.mT, white + torch.randn_like(white), upper=True)

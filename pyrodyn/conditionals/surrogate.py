@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyrodyn.conditionals.regression import SourceSets
+from pyrodyn.conditionals.regression import ENUMERATED, SourceLaw, SourceSets
 from pyrodyn.distributions import NetworkPrior
 
 DIFFERENCE = 1e-4  # of an entry of the dynamics
@@ -28,32 +28,24 @@ Gradient = Callable[[Tensor, Tensor], Tensor]
 
 
 class Quadratic(NamedTuple):
-    """A log likelihood about ``centre``; each (group, ...)."""
+    """A log likelihood of the dynamics about ``centre``; each (chain, ...)."""
 
-    centre: Tensor  # (group, entry)
-    slope: Tensor  # (group, entry)
-    information: Tensor  # (group, entry, entry)
+    centre: Tensor  # (chain, entry)
+    slope: Tensor  # (chain, entry)
+    information: Tensor  # (chain, entry, entry)
 
     @classmethod
     def about(cls, centre: Tensor, gradient: Gradient, batch: int) -> Quadratic:
-        """By central differences of an exact gradient: (some, entry) points of (some) groups to (some, entry)."""
-        groups, size = centre.shape
-        steps = DIFFERENCE * torch.cat([torch.eye(size), -torch.eye(size)]).to(centre)
+        """By differences of an exact gradient, which maps points (some, entry) of (some) chains to slopes."""
+        chains, size = centre.shape
+        steps = DIFFERENCE * torch.cat([torch.zeros(1, size), torch.eye(size)]).to(centre)
         points = (centre.unsqueeze(1) + steps).flatten(0, 1)
-        owner = torch.arange(groups).repeat_interleave(2 * size)
-        slopes = torch.cat(
-            [gradient(p, o) for p, o in zip(points.split(batch), owner.split(batch), strict=True)]
-        ).reshape(groups, 2, size, size)
-        information = (slopes[:, 1] - slopes[:, 0]) / (2.0 * DIFFERENCE)
-        information = torch.nan_to_num(0.5 * (information + information.mT))
-        values, vectors = torch.linalg.eigh(information)
-        information = (vectors * values.clamp(min=0.0).unsqueeze(-2)) @ vectors.mT
-        return cls(centre, slopes.mean((1, 2)), information)
-
-    def log_prob(self, vector: Tensor) -> Tensor:
-        """Up to a constant, for (chain, entry), the chains of a group together."""
-        apart = vector.unflatten(0, (len(self.centre), -1)) - self.centre.unsqueeze(1)
-        return (apart * (self.slope.unsqueeze(1) - 0.5 * apart @ self.information)).sum(-1).flatten()
+        owner = torch.arange(chains).repeat_interleave(size + 1)
+        slopes = torch.cat([gradient(p, o) for p, o in zip(points.split(batch), owner.split(batch), strict=True)])
+        base, moved = slopes.unflatten(0, (chains, size + 1)).split([1, size], 1)
+        information = torch.nan_to_num((base - moved) / DIFFERENCE)
+        values, vectors = torch.linalg.eigh(0.5 * (information + information.mT))
+        return cls(centre, base.squeeze(1), (vectors * values.clamp(min=0.0).unsqueeze(-2)) @ vectors.mT)
 
 
 class NetworkProposal:
@@ -76,12 +68,11 @@ class NetworkProposal:
 
     def draw(self, quadratic: Quadratic, vector: Tensor) -> Tensor:
         """Another network (chain, entry)."""
-        vector, chains = vector.clone(), len(vector) // len(quadratic.centre)
-        centre, slope, information = (part.repeat_interleave(chains, 0) for part in quadratic)
+        vector, (centre, slope, information) = vector.clone(), quadratic
         present = self.prior.present(vector)
         order = torch.randperm(len(self.blocks)).tolist()
         weight = self.prior.sd_entry.reciprocal().square()
-        for block in [*order, *reversed(order)]:
+        for block in [*order, *reversed(order[:-1])]:
             entries, sets, which = self.blocks[block]
             gram = information[:, entries[:, None], entries]
             pull = slope[:, entries] - (information[:, entries] @ (vector - centre).unsqueeze(-1)).squeeze(-1)
@@ -95,3 +86,53 @@ class NetworkProposal:
             )
             vector[:, entries] = coefficients.squeeze(-1)
         return vector
+
+    def step(self, block: int, vector: Tensor, slope: Tensor, information: Tensor) -> tuple[Tensor, Step]:
+        """Networks (chain, entry) with one region's rows anew, from the slope where they are."""
+        entries, sets, which = self.blocks[block]
+        present = self.prior.present(vector)[:, which]
+        source = int(torch.randint(sets.count, ())) if sets.count > ENUMERATED else None
+        law = self._law(block, vector, slope, information)
+        log_density = torch.zeros(len(vector), dtype=vector.dtype)
+        if sets.count:
+            candidates = sets.candidates(present, source)
+            present = law.choose(candidates)
+            log_density = _of_set(law.log_probabilities(candidates), candidates, present)
+        coefficients = law.coefficients(present)
+        log_density = log_density + law.log_density(coefficients, present)
+        moved = vector.clone()
+        moved[:, entries] = coefficients.squeeze(-1)
+        return moved, Step(log_density, source)
+
+    def log_density(
+        self, block: int, vector: Tensor, slope: Tensor, information: Tensor, target: Tensor, step: Step
+    ) -> Tensor:
+        """Log density of a step of the same kind from ``vector`` to ``target``, (chain)."""
+        entries, sets, which = self.blocks[block]
+        law = self._law(block, vector, slope, information)
+        present = self.prior.present(target)[:, which]
+        found = law.log_density(target[:, entries].unsqueeze(-1), present)
+        if sets.count:
+            candidates = sets.candidates(present, step.source)
+            found = found + _of_set(law.log_probabilities(candidates), candidates, present)
+        return found
+
+    def _law(self, block: int, vector: Tensor, slope: Tensor, information: Tensor) -> SourceLaw:
+        entries, sets, _ = self.blocks[block]
+        gram = information[:, entries[:, None], entries]
+        pull = slope[:, entries].unsqueeze(-1) + gram @ vector[:, entries].unsqueeze(-1)
+        weight = self.prior.sd_entry[entries].reciprocal().square()
+        return SourceLaw(sets, gram, pull, self.prior.mean_entry[entries].unsqueeze(-1), weight.expand(len(vector), -1))
+
+
+class Step(NamedTuple):
+    """How a region's rows were proposed."""
+
+    log_density: Tensor  # (chain)
+    source: int | None  # the one source in question, where there are too many for all sets
+
+
+def _of_set(log_probabilities: Tensor, candidates: Tensor, present: Tensor) -> Tensor:
+    """The entry of the set that is there, (chain)."""
+    at = (candidates == present.unsqueeze(1)).all(-1).to(torch.uint8).argmax(-1)
+    return log_probabilities.gather(-1, at.unsqueeze(-1)).squeeze(-1)

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from pyrodyn.checkpoint import StateStore
+from pyrodyn.conditionals.paths import Referenced, factors, settled
 from pyrodyn.errors import ModelError, NonFiniteError
 from pyrodyn.inference.collapse import Collapsed
 from pyrodyn.inference.density import LogDensity
-from pyrodyn.inference.engine import Draws, double_precision, random_stream
-from pyrodyn.program import Program
+from pyrodyn.inference.engine import NEAR, Draws, double_precision, random_stream, starting_values
+from pyrodyn.inference.mode import ascend
+from pyrodyn.program import Program, globals_given
 from pyrodyn.progress import progress
 from pyrodyn.recording import Recording
 
+ROUNDS, CLIMB = 4, 160  # renewals of the reference, and steps of L-BFGS in all, on the way to the start
 PATHS = 100  # drawn paths that are kept
 STATE = "state/"
 
@@ -83,7 +86,9 @@ class Gibbs:
         model = declared(program)
         with random_stream(seed), double_precision(), torch.no_grad():
             sweep = model.conditionals(recording)
-            run = Run(self, sweep, sweep.start(model.initial_values(recording), self.chains)).go(checkpoint)
+            held = checkpoint.read() if checkpoint else None
+            start = {} if held else sweep.start(climb(model, recording), self.chains)
+            run = Run(self, sweep, start).go(checkpoint)
         samples = {name: torch.stack(parts, 1) for name, parts in run.kept.items()}
         path = torch.stack(run.paths, 1) if run.paths else None
         notes = {"sweeps_per_chain": self.warmup + self.thin * self.draws} | run.rates()
@@ -104,6 +109,22 @@ class Gibbs:
             samples = {name: torch.stack(parts, 1) for name, parts in run.kept.items()}
             flat = {n: v.unflatten(0, (len(start), self.chains)).flatten(1, 2).unsqueeze(2) for n, v in samples.items()}
             return density.unconstrain(flat)
+
+
+def climb(model: Any, recording: Recording) -> dict[str, Tensor]:
+    """Values of the globals near the posterior mode, counts taken as Gaussian about a reference that follows."""
+    values = model.initial_values(recording)
+    if model.readout.is_gaussian:
+        return starting_values(model, recording, CLIMB, "Gibbs: start")
+    reference = None
+    for _ in range(ROUNDS):
+        reference = settled(
+            *factors(model, globals_given(model, values, recording), recording), recording.values, reference, 2
+        )
+        density = LogDensity(Referenced(model, reference), recording)
+        vector = ascend(density, density.unconstrain(values), CLIMB // ROUNDS, "Gibbs: start", NEAR)[0]
+        values = density.constrain(vector)
+    return values
 
 
 def declared(program: Program) -> Any:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from pyrodyn.conditioning import gaussian_potential
-from pyrodyn.conditionals.paths import LEAST_CURVATURE, Reference, gaussian_path, nearby_path, turned_path
+from pyrodyn.conditionals.paths import LEAST_CURVATURE, Reference, factors, gaussian_path, settled, turned_path
 from pyrodyn.conditionals.regression import SourceSets
 from pyrodyn.conditionals.surrogate import BATCH_NUMBERS, NetworkProposal, Quadratic
 from pyrodyn.conditionals.units import draw_coefficients, draw_noise
+from pyrodyn.distributions import GaussMarkov
 from pyrodyn.distributions.loading import gauge_fix
 from pyrodyn.distributions.network import LEVEL_PERSISTENCE, log_stability
 from pyrodyn.models._regions import BUMPS, INITIAL, INNOVATION_SD, SIGNAL, SLOW
+from pyrodyn.program import globals_given
+from pyrodyn.readouts import AffineReadout
 from pyrodyn.recording import Recording
 
 if TYPE_CHECKING:
@@ -25,7 +28,34 @@ State = dict[str, Tensor]
 _PARAMETERS = frozenset(
     "dynamics innovation_loading loading offset noise initial_variance time_locked input_gain".split()
 )
-RESCALE = 0.1  # sd of the proposed change of the logarithm of a region's scale
+RESCALE = 2.0  # of the conditional sd of the logarithm of a region's scale: the width of its proposal
+ROUNDS = 6  # of settling the first reference
+SCATTER = 5  # runs under the surrogate that make a chain's first network
+AVERAGED = (0.1, 0.5)  # share of the warm-up over which the reference is averaged
+CAUTION = 1.5  # factor of the curvature that proposals are made with, before it adapts
+ACCEPTED = 0.4  # of the moves of the network, to which their caution adapts
+_REFERENCE = ("centre", "score", "curvature")
+_SUMS = ("centre_sum", "score_sum", "curvature_sum")
+
+
+class Scored(NamedTuple):
+    """Networks, with what a move needs to know of them; each (chain, ...)."""
+
+    vector: Tensor
+    value: Tensor
+    slope: Tensor
+    path: Tensor
+    noise: Tensor | None
+
+    def where(self, accepted: Tensor, other: Scored) -> Scored:
+        """These where accepted, the others elsewhere; they share their noise."""
+        return Scored(
+            torch.where(accepted[:, None], self.vector, other.vector),
+            torch.where(accepted, self.value, other.value),
+            torch.where(accepted[:, None], self.slope, other.slope),
+            torch.where(accepted[:, None, None, None], self.path, other.path),
+            other.noise,
+        )
 
 
 class RegionSweep:
@@ -37,9 +67,8 @@ class RegionSweep:
 
     def __init__(self, model: MultiRegionLDS, recording: Recording, observations: Tensor | None = None) -> None:
         self.model, self.recording = model, recording
-        # (trial, time, unit) for all chains, or (chain, trial, time, unit) where groups of chains see different data.
-        self.values = recording.values if observations is None else observations
-        self.groups = 1 if observations is None else len(observations)
+        # Groups of chains may see different data: (group, trial, time, unit).
+        self.values = recording.values.unsqueeze(0) if observations is None else observations
         self.layout = model.layout(recording)
         self.prior = model.network_prior(recording)
         self.regions = model.regions(recording)
@@ -58,47 +87,48 @@ class RegionSweep:
     # ------------------------------------------------------------------------------------------ start and end
 
     def start(self, values: dict[str, Tensor], chains: int) -> State:
-        """Chains that start near ``values``, the model's own first guess, scattered."""
-        parts = {
-            name: value.expand(chains, *value.shape).clone()
-            if value.dim() == self.event_dims[name]
-            else value.repeat_interleave(chains, 0)
-            for name, value in values.items()
+        """Chains about ``values`` (*event) or (group, *event), each with a network of its own."""
+        grouped = {
+            name: value if value.dim() > self.event_dims[name] else value.unsqueeze(0) for name, value in values.items()
         }
-        if self.groups > 1:
-            self.values = self.values.repeat_interleave(chains, 0)
-        chains = chains * self.groups
-        with poutine.block(), poutine.condition(data=parts):
-            parameters = self.model.sample_globals(self.recording)
-        layout, regional = self.layout, self.layout.regional
-        jitter = self.layout.matrix(0.3 * self.prior.sd_entry * torch.randn(chains, len(self.prior.sd_entry)))
-        if layout.level:
-            jitter[..., -1, -1] = 0.0
-        keep = (layout.group[:, None] == layout.group) | (layout.group < 0)
-        dynamics = torch.where(keep, parameters.dynamics, 0.0)
-        common = torch.zeros_like(dynamics)
-        common[..., :regional, layout.common] = jitter[..., :regional, layout.common]
-        state: State = {
-            "dynamics": dynamics + common,
-            "innovation_loading": parameters.innovation_loading,
-            "loading": parameters.loading,
-            "offset": parameters.offset,
-            "signal_variance": parts["signal_variance"],
-            "initial_variance": parts["initial_variance"],
-            "steps": torch.zeros(()),
+        parameters = globals_given(
+            self.model, {name: value.unsqueeze(1) for name, value in grouped.items()}, self.recording
+        )
+        held: State = {
+            name: value.squeeze(1).clone()
+            for name, value in parameters._asdict().items()
+            if value is not None and name != "initial_variance"
         }
-        if parameters.noise is not None:
-            state |= {"noise": parameters.noise, "noise_step": torch.full_like(parameters.noise, 0.1)}
+        held |= {n: grouped[n].clone() for n in ("signal_variance", "initial_variance", "bump_variance") if n in grouped}
         if self.bumps:
-            state |= {
-                "time_locked": parameters.time_locked.flatten(-2),
-                "bump_variance": parts["bump_variance"],
-            }
-        if parameters.input_gain is not None:
-            state["input_gain"] = parameters.input_gain
-        shape = (chains, self.recording.num_trials, self.recording.num_bins, layout.size)
+            held["time_locked"] = held["time_locked"].flatten(-2)
+        groups = len(held["dynamics"])
+        self.values = self.values.expand(groups, *self.values.shape[-3:])
+        state: State = {"aim": held["loading"].clone(), "aim_common": held["dynamics"].clone()}
+        prior, readout = factors(self.model, parameters, self.recording)
+        if not self.model.readout.is_gaussian:
+            self._refer(state, settled(prior, readout, self.values, None, ROUNDS))
+        quadratic = self._learn(state, held)
+        state |= {name: value.repeat_interleave(chains, 0) for name, value in held.items()}
+        shape = (groups * chains, self.recording.num_trials, self.recording.num_bins, self.layout.size)
         state["path"] = torch.zeros(shape, dtype=torch.float64)
+        if "noise" in state:
+            state["noise_step"] = torch.full_like(state["noise"], 0.1)
+        state["caution"] = torch.full((groups * chains,), CAUTION, dtype=torch.float64)
+        self._scatter(state, Quadratic(*(part.repeat_interleave(chains, 0) for part in quadratic)))
+        near = self._near(state, self._parameters(state))[1]
+        state["path"] = near.draw(torch.randn_like(state["path"]))
         return state
+
+    def _scatter(self, state: State, quadratic: Quadratic) -> None:
+        """Every chain from a network of its own: a draw under the surrogate, or where that is unstable, the first."""
+        vector = self.layout.vector(state["dynamics"])
+        for _ in range(SCATTER):
+            drawn = self.proposal.draw(quadratic, vector)
+            stable = torch.isfinite(self.prior.log_stability(drawn))
+            vector = torch.where(stable.unsqueeze(-1), drawn, vector)
+        state["information"] = quadratic.information.clone()
+        state["dynamics"] = self.layout.matrix(vector)
 
     def sites(self, state: State) -> dict[str, Tensor]:
         """The values (chain, *event) of the program's sites, in the model's gauge."""
@@ -135,9 +165,8 @@ class RegionSweep:
         """Every unknown anew; ``share`` of the warm-up that is done, 1 after it: then the posterior stays as it is."""
         state = dict(state)
         self._align(state)
-        if "slope" in state:
-            self._network(state)
-        self._path(state, share)
+        self._network(state, share < 1.0)
+        self._path(state)
         self._adapt(state, share)
         self._dynamics(state)
         self._rescale(state)
@@ -163,24 +192,58 @@ class RegionSweep:
             locked,
         )
 
-    def _path(self, state: State, share: float) -> None:
-        parameters = self._parameters(state)
-        prior = self.model.latent_path(parameters, self.recording)
-        readout = self.model.readout_law(parameters, state["path"], self.recording)
+    def _near(self, state: State, parameters: MultiRegionParameters) -> tuple[GaussMarkov, GaussMarkov, AffineReadout]:
+        """Prior of the path, the same under the observations or their reference, and the readout."""
+        prior, readout = factors(self.model, parameters, self.recording)
         if self.model.readout.is_gaussian:
-            state["path"] = gaussian_path(prior, readout, self.values)
+            return prior, prior.condition(*gaussian_potential(readout, self._seen(state))), readout
+        return prior, prior.condition(*self._reference(state).potential(readout)), readout
+
+    def _seen(self, state: State) -> Tensor:
+        """The observations of every chain, (chain or 1, trial, time, unit)."""
+        groups = len(self.values)
+        return self.values if groups == 1 else self.values.repeat_interleave(len(state["loading"]) // groups, 0)
+
+    def _reference(self, state: State) -> Reference:
+        found = Reference(state["centre"], state["score"], state["curvature"])
+        chains = len(state["loading"]) // len(found.centre)
+        return found if len(found.centre) == 1 else Reference(*(p.repeat_interleave(chains, 0) for p in found))
+
+    def _refer(self, state: State, reference: Reference) -> None:
+        curvature = reference.curvature.clamp(min=LEAST_CURVATURE)
+        if self.recording.mask is not None:
+            curvature = torch.where(self.recording.mask, curvature, 0.0)
+        shape = (len(self.values), *self.values.shape[1:])
+        for name, part in (("centre", reference.centre), ("score", reference.score), ("curvature", curvature)):
+            state[name] = part.expand(shape).contiguous()
+
+    def _path(self, state: State) -> None:
+        parameters = self._parameters(state)
+        prior, readout = factors(self.model, parameters, self.recording)
+        seen = self._seen(state)
+        if self.model.readout.is_gaussian:
+            state["path"] = gaussian_path(prior, readout, seen)
             return
-        if share < 0.4 or "centre" not in state and share < 1.0:
-            state["path"], reference = nearby_path(prior, readout, self.values, state["path"])
-        else:
-            if "centre" not in state:
-                self._refer(state, Reference.about(readout, readout.predict(state["path"]), self.values))
-            reference = Reference(state["centre"], state["score"], state["curvature"])
-            state["path"], state["path_acceptance"] = turned_path(
-                prior, readout, self.values, state["path"], reference
-            )
-        if 0.2 <= share < 1.0:
-            self._average(state, readout, share)
+        state["path"], state["path_acceptance"] = turned_path(
+            prior, readout, seen, state["path"], self._reference(state)
+        )
+
+    def _adapt(self, state: State, share: float) -> None:
+        """Average the reference over the warm-up's middle, and learn the surrogate about where the chains now are."""
+        if not self.model.readout.is_gaussian and AVERAGED[0] <= share < AVERAGED[1]:
+            _, readout = factors(self.model, self._parameters(state), self.recording)
+            here = Reference.about(readout, readout.predict(state["path"]), self._seen(state))
+            count = float(state.get("averaged", torch.zeros(())))
+            for name, part in zip(_SUMS, here, strict=True):
+                part = part.unflatten(0, (len(self.values), -1)).mean(1)
+                state[name] = part if not count else state[name] + (part - state[name]) / (count + 1.0)
+            state["averaged"] = torch.tensor(count + 1.0)
+        elif "learned" not in state and AVERAGED[1] <= share < 1.0:
+            if "averaged" in state:
+                self._refer(state, Reference(*(state.pop(name) for name in _SUMS)))
+            state["information"] = self._learn(state, {n: v for n, v in state.items() if n in _PARAMETERS}).information
+            state["caution"] = torch.full_like(state["caution"], CAUTION)
+            state["learned"] = torch.ones(())
 
     # ------------------------------------------------------------------------------------------ the whole network
 
@@ -190,11 +253,7 @@ class RegionSweep:
         The posterior does not see the turn; the free gauge would drift.
         """
         layout = self.layout
-        if "aim" not in state:
-            every = state["loading"].unflatten(0, (self.groups, -1))
-            state["aim"] = every[:, 0].clone()
-            state["aim_common"] = state["dynamics"].unflatten(0, (self.groups, -1))[:, 0].clone()
-        chains = len(state["loading"]) // self.groups
+        chains = len(state["loading"]) // len(state["aim"])
         aim = state["aim"].repeat_interleave(chains, 0)
         turn = torch.eye(layout.size, dtype=torch.float64).repeat(len(aim), 1, 1)
         for (_, _, units), place in zip(self.regions, layout.places, strict=True):
@@ -223,100 +282,82 @@ class RegionSweep:
             if name in state:
                 state[name] = regional.mT @ state[name]
 
-    def _adapt(self, state: State, share: float) -> None:
-        """Learn the quadratic of the dynamics, twice in the warm-up."""
-        if self.layout.num_regions and share >= 0.4:
-            if "slope" not in state or (share >= 0.7 and "learned" not in state and share < 1.0):
-                if "slope" in state:
-                    state["learned"] = torch.ones(())
-                quadratic = self._quadratic(state)
-                state["middle"], state["slope"], state["information"] = quadratic
-
-    def _quadratic(self, state: State) -> Quadratic:
-        layout, chains = self.layout, len(state["loading"]) // self.groups
-
-        def middle(value: Tensor) -> Tensor:
-            return value.unflatten(0, (self.groups, chains)).mean(1)
-
-        held = {n: middle(v) for n, v in state.items() if n in _PARAMETERS}
-        values = self.values if self.values.dim() == 3 else self.values[::chains]
-        zeros = torch.zeros(1, *state["path"].shape[1:], dtype=torch.float64)
-        precision, linear = self._potential(held, state, values, zeros)
+    def _learn(self, state: State, held: State) -> Quadratic:
+        """The quadratic of the dynamics about ``held``, (chain, ...), other parameters as they are there."""
+        layout = self.layout
+        _, readout = factors(self.model, self._parameters(held), self.recording)
+        if self.model.readout.is_gaussian:
+            precision, linear = gaussian_potential(readout, self._seen(held))
+        else:
+            precision, linear = self._reference(state | held).potential(readout)
 
         def gradient(points: Tensor, owner: Tensor) -> Tensor:
             with torch.enable_grad():
                 points = points.detach().requires_grad_()
-                here = {name: value[owner] for name, value in held.items()}
-                here["dynamics"] = layout.matrix(points)
+                here = {name: value[owner] for name, value in held.items()} | {"dynamics": layout.matrix(points)}
                 prior = self.model.latent_path(self._parameters(here), self.recording)
-                at = owner if len(precision) > 1 else torch.zeros_like(owner)
-                at_linear = owner if len(linear) > 1 else torch.zeros_like(owner)
-                near = prior.condition(precision[at], linear[at_linear])
-                value = (near.log_normaliser - prior.log_normaliser).sum()
-                return torch.autograd.grad(value, points)[0]
+                near = prior.condition(precision[owner], linear[owner])
+                return torch.autograd.grad((near.log_normaliser - prior.log_normaliser).sum(), points)[0]
 
-        batch = max(1, BATCH_NUMBERS // zeros.numel())
+        batch = max(1, BATCH_NUMBERS // (self.recording.num_trials * self.recording.num_bins * layout.size))
         return Quadratic.about(layout.vector(held["dynamics"]), gradient, batch)
 
-    def _potential(self, held: State, state: State, values: Tensor, path: Tensor) -> tuple[Tensor, Tensor]:
-        readout = self.model.readout_law(self._parameters(held), path, self.recording)
-        if self.model.readout.is_gaussian:
-            return gaussian_potential(readout, values)
-        return Reference(state["centre"], state["score"], state["curvature"]).potential(readout)
+    def _network(self, state: State, adapt: bool) -> None:
+        """The rows of every region in turn, edges and all, the path integrated out or moving with them."""
+        seen, gaussian = self._seen(state), self.model.readout.is_gaussian
+        parameters = self._parameters(state)
+        _, readout = factors(self.model, parameters, self.recording)
+        potential = gaussian_potential(readout, seen) if gaussian else self._reference(state).potential(readout)
+        information = state["caution"][:, None, None] * state["information"]
+        here = self._scored(state, parameters, potential, self.layout.vector(state["dynamics"]), readout, None)
+        rates = []
+        for block in torch.randperm(len(self.proposal.blocks)).tolist():
+            vector, ahead = self.proposal.step(block, here.vector, here.slope, information)
+            there = self._scored(state, parameters, potential, vector, readout, here)
+            behind = self.proposal.log_density(block, there.vector, there.slope, information, here.vector, ahead)
+            change = there.value + behind - here.value - ahead.log_density
+            acceptance = torch.nan_to_num(change, -torch.inf).clamp(max=0.0).exp()
+            accepted = torch.rand_like(acceptance) < acceptance
+            here = there.where(accepted, here)
+            rates.append(acceptance)
+        state["network_acceptance"] = torch.stack(rates).mean(0)
+        if adapt:
+            rise = (0.3 * (ACCEPTED - state["network_acceptance"])).exp()
+            state["caution"] = (state["caution"] * rise).clamp(1.0, 30.0)
+        state["dynamics"], state["path"] = self.layout.matrix(here.vector), here.path
 
-    def _network(self, state: State) -> None:
-        """All dynamics anew at once, the path moving with them."""
-        layout, path = self.layout, state["path"]
-        quadratic = Quadratic(state["middle"], state["slope"], state["information"])
-        vector = layout.vector(state["dynamics"])
-        proposed = self.proposal.draw(quadratic, vector)
-        stable = self.prior.log_stability(proposed)
-        proposed = torch.where(torch.isfinite(stable).unsqueeze(-1), proposed, vector)
-        precision, linear = self._potential(state, state, self.values, path)
-        readout = self.model.readout_law(self._parameters(state), path, self.recording)
-        found = []
-        noise = None
-        for at in (vector, proposed):
-            here = self._parameters(state | {"dynamics": layout.matrix(at)})
-            prior = self.model.latent_path(here, self.recording)
-            near = prior.condition(precision, linear)
-            score = 0.5 * (near.linear * near.mean).sum((-2, -1)) + near.log_whitening_jacobian - prior.log_normaliser
-            moved = path
-            if not self.model.readout.is_gaussian:
-                if noise is None:
-                    noise = near.noise_of(path)
-                else:
-                    moved = near.draw(noise)
-                reference = Reference(state["centre"], state["score"], state["curvature"])
-                score = score + reference.rest(readout, readout.predict(moved), self.values)[0]
-            found.append((score.sum(-1) - quadratic.log_prob(at) + self.prior.log_stability(at), moved))
-        (before, _), (after, moved) = found
-        acceptance = torch.nan_to_num(after - before, -torch.inf).clamp(max=0.0).exp()
-        acceptance = torch.where(torch.isfinite(stable), acceptance, 0.0)
-        accepted = torch.rand_like(acceptance) < acceptance
-        state["network_acceptance"] = acceptance
-        state["dynamics"] = torch.where(accepted[:, None, None], layout.matrix(proposed), state["dynamics"])
-        state["path"] = torch.where(accepted[:, None, None, None], moved, path)
-
-    def _average(self, state: State, readout: Any, share: float) -> None:
-        """Take the present predictor up into the reference: mean score and curvature about the mean predictor."""
-        here = Reference.about(readout, readout.predict(state["path"]), self.values)
-        pooled = len(self.values) != len(state["path"]) or self.values.dim() == 3
-        parts = [part.mean(0, keepdim=True) if pooled else part for part in here]
-        count = state.get("averaged", torch.zeros(()))
-        if float(count) and (share < 0.6) != (float(state["averaged_at"]) < 0.6):
-            count = torch.zeros(())  # what the first paths said is forgotten
-        for name, part in zip(("centre_sum", "score_sum", "curvature_sum"), parts, strict=True):
-            state[name] = part if not float(count) else state[name] + (part - state[name]) / (float(count) + 1.0)
-        state["averaged"], state["averaged_at"] = count + 1.0, torch.tensor(share)
-        if share < 0.4 or float(count) >= 20.0:
-            self._refer(state, Reference(state["centre_sum"], state["score_sum"], state["curvature_sum"]))
-
-    def _refer(self, state: State, reference: Reference) -> None:
-        state["centre"], state["score"] = reference.centre, reference.score
-        state["curvature"] = reference.curvature.clamp(min=LEAST_CURVATURE)
-        if self.recording.mask is not None:
-            state["curvature"] = torch.where(self.recording.mask, state["curvature"], 0.0)
+    def _scored(
+        self,
+        state: State,
+        parameters: MultiRegionParameters,
+        potential: tuple[Tensor, Tensor],
+        vector: Tensor,
+        readout: AffineReadout,
+        origin: Scored | None,
+    ) -> Scored:
+        """Log density and slope of networks (chain, entry), and the path that has the noise of ``origin``'s."""
+        with torch.enable_grad():
+            points = vector.detach().requires_grad_()
+            moved = parameters._replace(dynamics=self.layout.matrix(points).unsqueeze(1))
+            prior = self.model.latent_path(moved, self.recording)
+            near = prior.condition(*potential)
+            evidence = (near.log_normaliser - prior.log_normaliser).sum(-1)
+            (slope,) = torch.autograd.grad(evidence.sum(), points)
+        value = evidence.detach() + self.prior.log_prob(vector)
+        path, noise = state["path"], None
+        if not self.model.readout.is_gaussian:
+            near = near.detach()
+            if origin is None:
+                noise = near.noise_of(path)
+            else:
+                noise = origin.noise
+                path = near.draw(noise)
+            rest, _ = self._reference(state).rest(readout, readout.predict(path), self._seen(state))
+            value = value + rest.sum(-1)
+        bad = ~(torch.isfinite(value) & torch.isfinite(slope).all(-1))
+        return Scored(
+            vector, torch.where(bad, -torch.inf, value), torch.where(bad.unsqueeze(-1), 0.0, slope), path, noise
+        )
 
     # ------------------------------------------------------------------------------------------ dynamics
 
@@ -484,7 +525,7 @@ class RegionSweep:
             loading = state["loading"][:, units][..., place] / self.scale[units].unsqueeze(-1)
             down = down + loading.square().sum((1, 2)) / state["signal_variance"][:, index]
             shrunk = shrunk + loading[0].numel()
-        log_factor = RESCALE * (2.0 * (grown + shrunk)).rsqrt() * 20.0 * torch.randn(chains, dtype=torch.float64)
+        log_factor = RESCALE * (2.0 * (grown + shrunk)).rsqrt() * torch.randn(chains, dtype=torch.float64)
         factor = log_factor.exp()
         change = (
             -0.5 * (factor.square() - 1.0) * up
@@ -538,7 +579,7 @@ class RegionSweep:
         path = state["path"].flatten(1, 2)
         law, mask = self.model.readout, self.recording.mask
         seen = None if mask is None else mask.flatten(0, 1)
-        values = self.values.reshape(-1, path.shape[1], self.recording.num_units)
+        values = self._seen(state).flatten(1, 2)
         loading, offset = state["loading"].clone(), state["offset"].clone()
         rates = []
         for (_, dim, units), place, r in zip(
