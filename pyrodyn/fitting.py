@@ -22,6 +22,7 @@ from pyrodyn.inference.collapse import Collapsed
 from pyrodyn.inference.engine import Engine, double_precision, random_stream
 from pyrodyn.posterior import (
     coordinates,
+    path_coordinates,
     model_of,
     parameters_of,
     path_summary,
@@ -145,14 +146,14 @@ def simulate(
         trace = poutine.trace(poutine.condition(model, data=sites)).get_trace(like.blank())
         labelled = model.label(globals_given(model, sites, like))
     truth = xr.Dataset(
-        {name: (dims, value.numpy()) for name, (dims, value) in labelled.items()}, coords=coordinates(like, labelled)
+        {name: (dims, value.numpy()) for name, (dims, value) in labelled.items()}, coords=coordinates(like, labelled, model)
     )
     values_of: dict[str, Any] = {name: site["value"] for name, site in trace.nodes.items() if is_random(site)}
     if "latent" in values_of:
         truth["path"] = xr.DataArray(
             values_of["latent"].numpy(),
             dims=("trial", "time", "latent"),
-            coords={"trial": like.trial, "time": like.time},
+            coords=path_coordinates(like, model, values_of["latent"].shape[-1]),
         )
     return like.with_observations(values_of["observations"]), truth
 
@@ -220,12 +221,10 @@ def predict(
         {name: (dims, np.concatenate(values)) for name, values in parts.items()}
         | {"path": (("trial", "time", "latent"), mean.numpy()), "path_sd": (("trial", "time", "latent"), sd.numpy())},
         coords={
-            "trial": recording.trial,
-            "time": recording.time,
             "unit": recording.unit,
             "region": ("unit", recording.region),
-            "latent": np.arange(mean.shape[-1]),
-        },
+        }
+        | path_coordinates(recording, model, mean.shape[-1]),
     )
     found["expected"].attrs["units"] = "events per bin" if recording.counts else "units of the recording"
     return found

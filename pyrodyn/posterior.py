@@ -27,6 +27,7 @@ from pyrodyn.recording import Recording
 PATH_DRAWS = 100  # draws of the globals over which a path's mean and sd are taken
 STORED_PATHS = 20  # of these, paths kept whole
 BATCH_NUMBERS = 4_000_000  # (draw, trial, time, unit) entries in one batched call: 32 MB a tensor
+SCORED_NUMBERS = 30_000_000  # observed entries in all draws of a path-sampling engine whose evidence is computed
 PATH_STREAM = 1_000_003  # a random stream that no chain uses
 
 
@@ -55,19 +56,27 @@ def to_datatree(
     groups: dict[str, xr.Dataset] = {}
     with torch.no_grad(), double_precision():
         parameters = globals_given(base, flat, recording)
-        coords = coordinates(recording, base.label(parameters))
-        groups["posterior"] = _dataset(base.label(parameters), lead, coords)
-        groups["invariants"] = _dataset(base.invariants(parameters), lead, coords)
+        labelled, invariants = base.label(parameters), base.invariants(parameters)
+        coords = coordinates(recording, labelled | invariants, base)
+        groups["posterior"] = _dataset(labelled, lead, coords).assign_attrs(base.attributes(recording))
+        groups["invariants"] = _dataset(invariants, lead, coords)
         groups["unconstrained_posterior"] = _unconstrained(base, recording, flat, lead)
         estimator = "none"
         if collapses(base, recording):
-            shared, of_trials = _scores(base, recording, flat)
-            stats["lp"] = (shared + of_trials.sum(-1)).reshape(lead).numpy()
-            groups["log_likelihood"] = xr.Dataset(
-                {"observations": (("chain", "draw", "trial"), of_trials.reshape(*lead, -1).numpy())},
-                coords=_index(lead) | {"trial": recording.trial},
-            )
             estimator = "exact" if "exactly" in collapse(base).treatment else "Laplace"
+            chosen = np.arange(lead[1])
+            if draws.path is not None and estimator == "Laplace":
+                # The engine did not need it, and each takes a search for the path: as many as are worth waiting for.
+                cost = lead[0] * recording.num_trials * recording.num_bins * recording.num_units
+                chosen = thinned(lead[1], max(5, SCORED_NUMBERS // cost))
+            some = {n: v.unflatten(0, lead)[:, chosen].flatten(0, 1) for n, v in flat.items()}
+            shared, of_trials = _scores(base, recording, some)
+            if len(chosen) == lead[1]:
+                stats["lp"] = (shared + of_trials.sum(-1)).reshape(lead).numpy()
+            groups["log_likelihood"] = xr.Dataset(
+                {"observations": (("chain", "draw", "trial"), of_trials.reshape(lead[0], len(chosen), -1).numpy())},
+                coords={"chain": np.arange(lead[0]), "draw": chosen, "trial": recording.trial},
+            )
         groups["latents"] = _latents(base, recording, flat, draws.path, seed)
     history = {name: (("step",), value) for name, value in draws.history.items()}
     groups["sample_stats"] = xr.Dataset(
@@ -142,23 +151,29 @@ def path_summary(laws: list[GaussMarkov]) -> tuple[Tensor, Tensor]:
     return torch.cat(means), torch.cat(sds)
 
 
-def coordinates(recording: Recording, labelled: Labelled) -> dict[str, Any]:
+def coordinates(recording: Recording, labelled: Labelled, model: LatentModel) -> dict[str, Any]:
     """Coordinates for every dim that the labelled values use."""
     known: dict[str, Any] = {
         "unit": recording.unit,
         "region": ("unit", recording.region),
         "trial": recording.trial,
         "input": np.asarray(recording.input_names, dtype=str),
-    }
+    } | model.coordinates(recording)
     used = {
         dim: size
         for dims, value in labelled.values()
-        for dim, size in zip(dims, value.shape[-len(dims) :], strict=True)
+        for dim, size in zip(dims, value.shape[value.dim() - len(dims) :], strict=True)
     }
     found = {dim: known.get(dim, np.arange(size)) for dim, size in used.items()}
-    if "unit" in found:
-        found["region"] = known["region"]
-    return found
+    # Coordinates along a dim that is used, such as the region of every unit.
+    return found | {n: c for n, c in known.items() if isinstance(c, tuple) and c[0] in used}
+
+
+def path_coordinates(recording: Recording, model: LatentModel, latents: int) -> dict[str, Any]:
+    """Coordinates of a path (trial, time, latent)."""
+    known = model.coordinates(recording)
+    of_latent = {n: c for n, c in known.items() if n == "latent" or (isinstance(c, tuple) and c[0] == "latent")}
+    return {"trial": recording.trial, "time": recording.time, "latent": np.arange(latents)} | of_latent
 
 
 def _scores(model: LatentModel, recording: Recording, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -198,7 +213,7 @@ def _latents(
     dims = ("trial", "time", "latent")
     return xr.Dataset(
         {"mean": (dims, mean.numpy()), "sd": (dims, sd.numpy()), "draws": (("path_draw", *dims), kept.numpy())},
-        coords={"trial": recording.trial, "time": recording.time, "latent": np.arange(mean.shape[-1])},
+        coords=path_coordinates(recording, model, mean.shape[-1]),
     )
 
 
@@ -211,7 +226,7 @@ def _dataset(labelled: Labelled, lead: torch.Size, coords: Mapping[str, Any]) ->
         )
         variables[name] = (("chain", "draw", *dims), full.reshape(*lead, *value.shape[-len(dims) :]).numpy())
     used = {dim for dims, _ in variables.values() for dim in dims}
-    kept = {name: coord for name, coord in coords.items() if name in used or (name == "region" and "unit" in used)}
+    kept = {n: c for n, c in coords.items() if n in used or (isinstance(c, tuple) and c[0] in used)}
     return xr.Dataset(variables, coords=_index(lead) | kept)
 
 

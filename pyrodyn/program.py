@@ -71,6 +71,16 @@ class LatentModel(ABC):
     def transformed(self, parameters: Any, recording: Recording, seed: int) -> Any:
         """The parameters after a random element of the symmetry group, so that the claim can be tested."""
 
+    def coordinates(self, recording: Recording) -> dict[str, Any]:
+        """Names along the dims of `label` and `invariants` that the recording does not have: as xarray takes them."""
+        del recording
+        return {}
+
+    def attributes(self, recording: Recording) -> dict[str, Any]:
+        """Plain numbers and strings about the priors, for the attributes of the group ``posterior``."""
+        del recording
+        return {}
+
     @abstractmethod
     def forward(self, recording: Recording) -> Tensor:
         """The generative program."""

@@ -157,6 +157,11 @@ def _presence(
             chosen = chosen.sel(target=system.regions, source=system.regions)
         presence = chosen.transpose(*EDGE).values.astype(np.int8)
         return presence, presence.mean((0, 1)), "share of the draws that have the edge"
+    if json.loads(posterior.attrs.get("notes", "{}")).get("atoms") == "sampled":
+        places = system.region_latents
+        blocks = [[system.dynamics[..., t[:, None], s] for s in places] for t in places]
+        there = np.stack([np.stack([(b != 0.0).any((-2, -1)) for b in row], -1) for row in blocks], -2)
+        return there.astype(np.int8), there.mean((0, 1)), "share of the draws that have the edge"
     names = ("edge_prior_sd", "edge_prior_probability")
     sd, prior = (
         _attribute(posterior, name) if given is None else given for name, given in zip(names, priors, strict=True)
@@ -165,10 +170,10 @@ def _presence(
     probability = np.full((count, count), np.nan)
     if sd is None or prior is None:
         return None, probability, f"none: the posterior has neither presence nor the attributes {' and '.join(names)}"
-    if not (np.all(np.asarray(sd) > 0.0) and np.all((np.asarray(prior) > 0.0) & (np.asarray(prior) < 1.0))):
+    if not (np.all(np.asarray(sd) > 0.0) and np.all((np.asarray(prior) > 0.0) & (np.asarray(prior) <= 1.0))):
         raise CouplingError(
             f"edge_prior_sd, edge_prior_probability: got {sd!r} and {prior!r}; expected a positive standard deviation "
-            "and a probability strictly between 0 and 1"
+            "and a probability above 0 and at most 1"
         )
     sd, prior = (np.broadcast_to(np.asarray(value, dtype=float), (count, count)) for value in (sd, prior))
     raw = draws["dynamics"].transpose("chain", "draw", "latent", "latent_from").values

@@ -91,7 +91,7 @@ class Gibbs:
             run = Run(self, sweep, start).go(checkpoint)
         samples = {name: torch.stack(parts, 1) for name, parts in run.kept.items()}
         path = torch.stack(run.paths, 1) if run.paths else None
-        notes = {"sweeps_per_chain": self.warmup + self.thin * self.draws} | run.rates()
+        notes: dict[str, Any] = {"atoms": "sampled", "sweeps_per_chain": self.warmup + self.thin * self.draws} | run.rates()
         return Draws(samples, "sampled", path=path, notes=notes)
 
     def replicate(self, density: LogDensity, start: Tensor) -> Tensor:

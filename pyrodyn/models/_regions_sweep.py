@@ -156,7 +156,7 @@ class RegionSweep:
             found |= {"bump_variance": state["bump_variance"], "bumps": heights.unflatten(-1, self.bumps)}
         if self.model.shared_innovations:
             found["innovations"] = (back @ state["innovation_loading"])[:, :regional]
-        found["latent"] = state["path"] @ turn
+        found["latent"] = state["path"] @ turn.unsqueeze(1)
         return found
 
     # ------------------------------------------------------------------------------------------ one sweep

@@ -2,6 +2,7 @@ r"""Coupled regions: a hierarchical linear dynamical system with a posterior ove
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -280,16 +281,32 @@ class MultiRegionLDS(StateSpaceModel):
         return {
             "latent": labels,
             "latent_from": labels,
-            "latent_region": ("latent", owner),
+            "latent_region": ("latent", [GLOBAL if name == LEVEL else name for name in owner]),
+            "regional_latent": labels[: layout.regional],
             "target": names,
             "source": names,
             "share_source": sources,
             "condition": list(self.conditions) or ["all"],
         }
 
+    def attributes(self, recording: Recording) -> dict[str, Any]:
+        prior, layout = self.network_prior(recording), self.layout(recording)
+        sd = [[1.0] * layout.num_regions for _ in range(layout.num_regions)]
+        probability = [[1.0] * layout.num_regions for _ in range(layout.num_regions)]
+        matrix = layout.matrix(prior.sd_entry)
+        for i, (target, source) in enumerate(layout.edges):
+            sd[target][source] = float(matrix[layout.places[target].start, layout.places[source].start])
+            probability[target][source] = float(prior.probability[i])
+        return {
+            "edge_prior_sd": json.dumps(sd),
+            "edge_prior_probability": json.dumps(probability),
+            "global_name": GLOBAL,
+        }
+
     def label(self, parameters: MultiRegionParameters) -> Labelled:
         labelled: Labelled = {
             "dynamics": (("latent", "latent_from"), parameters.dynamics),
+            "process_noise": (("latent", "latent_from"), self.process_noise(parameters, self._layout_of(parameters))),
             "innovation_loading": (("latent", "shared"), parameters.innovation_loading),
             "initial_variance": (("latent",), parameters.initial_variance),
             "loading": (("unit", "latent"), parameters.loading),
