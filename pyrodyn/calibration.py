@@ -37,6 +37,9 @@ BATCH_NUMBERS = 20_000_000  # (replicate, draw, trial, time, unit) entries in on
 ENGINE_STREAM = 1_000_000  # so that no engine draws the numbers that made the truth
 TIE = 1e-9
 
+Quantities = dict[str, np.ndarray]
+Compared = tuple[Quantities, Quantities, Quantities]
+
 
 def calibrate(
     model: LatentModel,
@@ -67,7 +70,7 @@ def calibrate(
     Returns
     -------
     xarray.Dataset
-        ``place`` (replicate, quantity) in (0, 1); and for each quantity ``ks_p`` and ``chi_square_p`` (10 bins), the
+        ``place``, ``truth`` and the posterior's ``mean`` (replicate, quantity), places in (0, 1); and for each quantity ``ks_p`` and ``chi_square_p`` (10 bins), the
         ``coverage`` (quantity, level) of central intervals, its ``bounds`` (level, side) where intervals are right, and
         ``flagged``. Quantities are the model's invariants and the log likelihood, by the program that was fitted.
 
@@ -102,8 +105,10 @@ def calibrate(
             raise ModelError(f"program is for engines with a method replicate, such as HMC(), got {engine!r}")
         else:
             parts = list(_one_by_one(model, like, engine, sites, observations, seed))
-    places = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return summarise(places).assign_attrs(
+    places = {name: np.concatenate([part[0][name] for part in parts]) for name in parts[0][0]}
+    truth, mean = (np.concatenate([np.stack(list(part[i].values()), -1) for part in parts]) for i in (1, 2))
+    sides = ("replicate", "quantity")
+    return summarise(places).assign(truth=(sides, truth), mean=(sides, mean)).assign_attrs(
         model=json.dumps(specification(model)),
         engine=json.dumps(specification(engine), default=str),
         shape=f"{like.num_trials} trials x {like.num_bins} bins x {like.num_units} units",
@@ -143,7 +148,7 @@ def _batched(
     sites: dict[str, Tensor],
     observations: Tensor,
     seed: int,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Iterator[Compared]:
     """Replicates as one draw dimension, in blocks that fit into memory."""
     chains = getattr(engine, "chains", 64)
     block = max(1, BATCH_NUMBERS // (chains * observations[0].numel()))
@@ -158,7 +163,7 @@ def _batched(
             drawn = [_quantities(model, density, density.constrain(part)) for part in vectors.split(size, 1)]
             values = {name: np.concatenate([part[name] for part in drawn], 1) for name in drawn[0]}
             true = _quantities(model, density, {name: value.unsqueeze(1) for name, value in truth.items()})
-            yield _places(values, true, seed + first)
+            yield _compared(values, true, seed + first)
             bar.update(len(seen))
 
 
@@ -169,7 +174,7 @@ def _one_by_one(
     sites: dict[str, Tensor],
     observations: Tensor,
     seed: int,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Iterator[Compared]:
     """A fit from scratch for every replicate."""
     with progress(len(observations), "calibration") as bar:
         for i, seen in enumerate(observations):
@@ -182,7 +187,7 @@ def _one_by_one(
                 # The sites of the truth are in the gauge of a blank recording.
                 density = LogDensity(collapse(model), like.blank(), seen[None])
                 true = _quantities(model, density, {n: v[i : i + 1].unsqueeze(1) for n, v in sites.items()})
-            yield _places(values, true, seed + i)
+            yield _compared(values, true, seed + i)
             bar.update()
 
 
@@ -194,6 +199,12 @@ def _quantities(model: LatentModel, density: LogDensity, values: dict[str, Tenso
         found |= {f"{name}[{i}]" if dims else name: flat[..., i].numpy() for i in range(flat.shape[-1])}
     found["log_likelihood"] = log_terms(density.program, values, density.recording)[1].sum(-1).numpy()
     return found
+
+
+def _compared(drawn: Quantities, true: Quantities, seed: int) -> Compared:
+    """Places, truths and posterior means, each (replicate) by name."""
+    truth = {name: value[:, 0] for name, value in true.items()}
+    return _places(drawn, true, seed), truth, {name: values.mean(1) for name, values in drawn.items()}
 
 
 def _places(drawn: dict[str, np.ndarray], true: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:

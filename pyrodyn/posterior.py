@@ -221,10 +221,11 @@ def _dataset(labelled: Labelled, lead: torch.Size, coords: Mapping[str, Any]) ->
     """Values (draw, 1, *event) as variables (chain, draw, *event)."""
     variables = {}
     for name, (dims, value) in labelled.items():
+        event = value.shape[value.dim() - len(dims) :]
         full = value.expand(
-            lead.numel(), *value.shape[-len(dims) - 1 :] if value.dim() > len(dims) else (1, *value.shape)
+            lead.numel(), *(value.shape[value.dim() - len(dims) - 1 :] if value.dim() > len(dims) else (1, *event))
         )
-        variables[name] = (("chain", "draw", *dims), full.reshape(*lead, *value.shape[-len(dims) :]).numpy())
+        variables[name] = (("chain", "draw", *dims), full.reshape(*lead, *event).numpy())
     used = {dim for dims, _ in variables.values() for dim in dims}
     kept = {n: c for n, c in coords.items() if n in used or (isinstance(c, tuple) and c[0] in used)}
     return xr.Dataset(variables, coords=_index(lead) | kept)

@@ -85,6 +85,7 @@ def blank(
 
 
 ROTATION = "orthogonal changes of the latent coordinates"
+REGIONS = "orthogonal changes in each region, reflections of what is common, turns of the shared innovations"
 
 MODELS: tuple[Row, ...] = (
     Row(
@@ -125,6 +126,29 @@ MODELS: tuple[Row, ...] = (
     ),
 )
 
+MODELS += (
+    Row(
+        "MultiRegionLDS-Gaussian-missing",
+        models.MultiRegionLDS(1, time_bumps=3, readout=readouts.Gaussian()),
+        lambda: blank(counts=False, missing=0.2),
+        REGIONS,
+    ),
+    Row(
+        "MultiRegionLDS-Poisson-inputs-one-edge",
+        models.MultiRegionLDS({"V1": 2, "V2": 1}, edges=[("V2", "V1", 0.3)], time_bumps=0, trial_level=False),
+        lambda: blank(inputs=1),
+        REGIONS,
+    ),
+    Row(
+        "MultiRegionLDS-NegativeBinomial-one-trial",
+        models.MultiRegionLDS(
+            1, global_dim=0, shared_innovations=0, edge_probability=1.0, readout=readouts.NegativeBinomial()
+        ),
+        lambda: blank(trials=1, bins=12),
+        REGIONS,
+    ),
+)
+
 READOUTS: tuple[readouts.Readout, ...] = (
     readouts.Gaussian(),
     readouts.Poisson(),
@@ -138,6 +162,7 @@ ENGINES: dict[str, Engine] = {
     "SVI-structured": inference.SVI(steps=4, draws=30, particles=2, guide=guides.Structured()),
     "SVI-path": inference.SVI(steps=4, draws=30, particles=2, guide=guides.LowRank(rank=3), collapse=False),
     "Laplace": inference.Laplace(draws=30, max_steps=200),
+    "Gibbs": inference.Gibbs(draws=4, warmup=6, chains=2),
     "HMC": inference.HMC(draws=4, warmup=6, chains=4, superchains=2),
     "HMC-path": inference.HMC(draws=4, warmup=6, chains=4, superchains=2, collapse=False),
     "NUTS": inference.NUTS(draws=4, warmup=3, chains=2, max_tree_depth=2),
@@ -146,6 +171,11 @@ ENGINES: dict[str, Engine] = {
 
 # Every guide on the collapsed program, on the program with its path, and as the globals' part of the structured guide.
 GUIDES: tuple[guides.GuideFactory, ...] = (guides.FullRank(), guides.MeanField(), guides.LowRank(rank=2))
+
+
+def applies(engine: Engine, row: Row) -> bool:
+    """Whether an engine takes a model; `inference.Gibbs` takes those that declare their conditionals."""
+    return not isinstance(engine, inference.Gibbs) or hasattr(row.model, "conditionals")
 
 
 def row(name: str) -> Row:

@@ -9,13 +9,15 @@ from functools import cached_property, lru_cache
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import Transform, biject_to, constraints, transform_to
+from torch.distributions.constraints import Constraint
 
 from pyrodyn.errors import ModelError
 from pyrodyn.linalg.stationary import spectral_radius
 
 SHARPNESS = 200  # the prior falls by 13% at a spectral radius of .99 and by 82% at .999
 LEVEL_PERSISTENCE = 0.9999  # of the level of a trial, which hardly moves within it
+POWER = 20  # of the map to stable dynamics: it moves a spectral radius of .8 by .0005 and one of .95 to .936
 TRIES = 4000  # rounds of rejection before giving up
 
 
@@ -108,6 +110,16 @@ class NetworkLayout:
     def edge(self) -> Tensor:
         return self._entries[2]
 
+    @cached_property
+    def coupled(self) -> Tensor:
+        """Which entries couple latents of regions, (entry,)."""
+        return (self.rows < self.regional) & (self.columns < self.regional)
+
+    @cached_property
+    def slow(self) -> Tensor:
+        """Which entries are the persistence of a global latent, (entry,)."""
+        return self.rows >= self.regional
+
     def matrix(self, vector: Tensor) -> Tensor:
         """The dynamics (*batch, latent, latent) that a vector (*batch, entry) stands for."""
         flat = vector.new_zeros(*vector.shape[:-1], self.size**2)
@@ -123,13 +135,9 @@ class NetworkLayout:
         return matrix[..., self.rows, self.columns]
 
     def presence(self, matrix: Tensor) -> Tensor:
-        """Which edges are there, (*batch, target, source); a region counts as its own source."""
-        found = torch.eye(self.num_regions, dtype=torch.bool, device=matrix.device)
-        found = found.expand(*matrix.shape[:-2], -1, -1).clone()
-        for target, source in self.edges:
-            block = matrix[..., self.places[target], self.places[source]]
-            found[..., target, source] = (block != 0.0).any(-1).any(-1)
-        return found
+        """Which blocks of the dynamics are not zero, (*batch, target, source)."""
+        rows = [[(matrix[..., t, s] != 0.0).any(-1).any(-1) for s in self.places] for t in self.places]
+        return torch.stack([torch.stack(row, -1) for row in rows], -2)
 
 
 @lru_cache(maxsize=64)
@@ -138,6 +146,81 @@ def network_layout(
 ) -> NetworkLayout:
     """A layout, made once: its places are looked up in every density."""
     return NetworkLayout(dims, num_globals, level, edges)
+
+
+class _Stable(Constraint):
+    """Vectors of a `NetworkLayout` whose dynamics are stable."""
+
+    is_discrete = False
+    event_dim = 1
+
+    def __init__(self, layout: NetworkLayout) -> None:
+        self.layout = layout
+
+    def check(self, value: Tensor) -> Tensor:
+        return torch.isfinite(log_stability(self.layout.matrix(value), self.layout))
+
+
+class _Tame(Transform):
+    r"""Any vector to a stable one: the coupled dynamics are scaled down as a whole, by their spectral radius.
+
+    .. math:: A \mapsto A \, (1 + \rho^p)^{-1/p}, \qquad \rho \mapsto \phi(\rho) = \rho (1 + \rho^p)^{-1/p} < 1,
+
+    and each global persistence alone in the same way. The radius is homogeneous, so that the Jacobian of n entries is
+    :math:`(\phi / \rho)^{n - 1} \phi'(\rho)`, and the inverse is known.
+    """
+
+    domain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, constraint: _Stable, cache_size: int = 0) -> None:
+        super().__init__(cache_size=cache_size)
+        self.codomain, self.layout = constraint, constraint.layout
+        self.coupled, self.slow = self.layout.coupled, self.layout.slow
+
+    def with_cache(self, cache_size: int = 1) -> _Tame:
+        return _Tame(self.codomain, cache_size=cache_size)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Tame) and other.layout == self.layout
+
+    def _radius(self, vector: Tensor) -> Tensor:
+        regional = self.layout.regional
+        return spectral_radius(self.layout.matrix(vector)[..., :regional, :regional])
+
+    def _scaled(self, vector: Tensor, of_coupled: Tensor, of_slow: Tensor) -> Tensor:
+        parts = torch.where(self.coupled.to(vector.device), vector * of_coupled.unsqueeze(-1), vector)
+        return torch.where(self.slow.to(vector.device), vector * of_slow, parts)
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._scaled(x, _shrinkage(self._radius(x)), _shrinkage(x.abs()))
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        def growth(radius: Tensor) -> Tensor:
+            return (1.0 - radius.clamp(max=1.0 - 1e-12) ** POWER) ** (-1.0 / POWER)
+
+        return self._scaled(y, growth(self._radius(y)), growth(y.abs()))
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        radius = self._radius(x)
+        slow = torch.where(self.slow.to(x.device), _log_slope(x.abs()), 0.0).sum(-1)
+        return (int(self.coupled.sum()) - 1) * _shrinkage(radius).log() + _log_slope(radius) + slow
+
+
+def _shrinkage(radius: Tensor) -> Tensor:
+    """phi(rho) / rho."""
+    return (-torch.log1p(radius**POWER) / POWER).exp()
+
+
+def _log_slope(radius: Tensor) -> Tensor:
+    """log phi'(rho)."""
+    return -(1.0 + 1.0 / POWER) * torch.log1p(radius**POWER)
+
+
+@biject_to.register(_Stable)
+@transform_to.register(_Stable)
+def _tame(constraint: _Stable) -> _Tame:
+    return _Tame(constraint)
 
 
 class NetworkPrior(TorchDistribution):
@@ -159,17 +242,20 @@ class NetworkPrior(TorchDistribution):
 
     Notes
     -----
-    h falls smoothly, so that a climb or a trajectory feels the edge of the stable region before it falls off it. An
+    Its support has a map from all vectors, so that climbs, trajectories and guides never leave the stable systems. An
     engine that moves by gradients never meets an absent edge: under it, all edges are there.
     """
 
     arg_constraints = {}
-    support = constraints.real_vector
     has_rsample = False
 
     def __init__(self, layout: NetworkLayout, mean: Tensor, sd: Tensor, probability: Tensor, batch_shape=()) -> None:
         self.layout, self.mean_entry, self.sd_entry, self.probability = layout, mean, sd, probability
         super().__init__(torch.Size(batch_shape), mean.shape[-1:], validate_args=False)
+
+    @property
+    def support(self) -> Constraint:
+        return _Stable(self.layout)
 
     def expand(self, batch_shape, _instance=None) -> NetworkPrior:
         return NetworkPrior(self.layout, self.mean_entry, self.sd_entry, self.probability, batch_shape)

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyrodyn.distributions import NetworkLayout
 from pyrodyn.distributions.loading import gauge_fix
 from pyrodyn.errors import ModelError
+from pyrodyn.linalg.stationary import spectral_radius
 from pyrodyn.models._startup import LinearStart, linear_start
 from pyrodyn.recording import Recording
 
@@ -27,6 +28,7 @@ BUMPS = (1.0, 0.02)  # of the squared height of the time-locked input
 INNOVATION_SD = 0.5  # of the loadings of shared innovations, beside private ones of one
 OWN_SD = 0.4  # of a region's own block: singular values about this wide about the persistence
 COMMON_SD = 0.25  # of what enters from global latents and the level, beside innovations of one
+LARGEST = 0.97  # spectral radius at the start
 SLOW, SLOW_SD = 0.95, 0.05  # persistence of a global latent
 
 
@@ -224,11 +226,13 @@ def initial_values(model: MultiRegionLDS, recording: Recording) -> dict[str, Ten
     ):
         scale = model.readout.signal_scale(recording)[units]
         guess = unit_innovations(start, scale)
-        size = (guess.loading / scale.unsqueeze(-1)).square().mean().clamp(min=1e-6)
+        size = (guess.loading / scale.unsqueeze(-1)).square().mean().clamp(min=SIGNAL[1] / 10.0)
         signal.append(size)
         weights, rotation = gauge_fix(guess.loading / scale.unsqueeze(-1) / size.sqrt(), start.pivots)
         values[f"weights_{name}"] = weights
         dynamics[place, place] = rotation.mT @ guess.dynamics @ rotation
+    coupled = dynamics[: layout.regional, : layout.regional]
+    coupled *= min(1.0, LARGEST / float(spectral_radius(coupled)))
     values["network"] = layout.vector(dynamics)
     values["signal_variance"] = torch.stack(signal)
     values["initial_variance"] = torch.full((layout.num_regions + 1,), 5.0, dtype=torch.float64)

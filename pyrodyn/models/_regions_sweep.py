@@ -183,7 +183,7 @@ class RegionSweep:
         locked = of_trials("time_locked").unflatten(-1, self.bumps) if self.bumps else None
         return MultiRegionParameters(
             of_trials("dynamics"),
-            of_trials("innovation_loading"),
+            of_trials("innovation_loading") if "innovation_loading" in state else None,
             self.model.spread_initial(of_trials("initial_variance"), self.layout),
             of_trials("loading"),
             of_trials("offset"),
@@ -275,8 +275,9 @@ class RegionSweep:
         state["dynamics"] = turn.mT @ state["dynamics"] @ turn
         if self.layout.level:
             state["dynamics"][:, -1, -1] = LEVEL_PERSISTENCE
-        state["innovation_loading"] = turn.mT @ state["innovation_loading"]
         state["loading"] = state["loading"] @ turn
+        if "innovation_loading" in state:
+            state["innovation_loading"] = turn.mT @ state["innovation_loading"]
         state["path"] = state["path"] @ turn.unsqueeze(1)
         for name in ("time_locked", "input_gain"):
             if name in state:
@@ -439,7 +440,9 @@ class RegionSweep:
     def _coefficients(self, state: State) -> Tensor:
         """Everything that enters the regional latents, (chain, regressor, regional latent)."""
         regional = self.layout.regional
-        parts = [state["dynamics"][:, :regional].mT, state["innovation_loading"][:, :regional].mT]
+        parts = [state["dynamics"][:, :regional].mT]
+        if "innovation_loading" in state:
+            parts.append(state["innovation_loading"][:, :regional].mT)
         if self.bumps:
             parts.append(state["time_locked"].mT)
         if "input_gain" in state:
@@ -448,9 +451,10 @@ class RegionSweep:
 
     def _spread(self, state: State, coefficients: Tensor) -> None:
         """The inverse of `_coefficients`, but for the dynamics."""
-        wide = torch.zeros_like(state["innovation_loading"])
-        wide[:, : self.layout.regional] = coefficients[:, self.shared].mT
-        state["innovation_loading"] = wide
+        if "innovation_loading" in state:
+            wide = torch.zeros_like(state["innovation_loading"])
+            wide[:, : self.layout.regional] = coefficients[:, self.shared].mT
+            state["innovation_loading"] = wide
         if self.bumps:
             state["time_locked"] = coefficients[:, self.locked].mT
         if "input_gain" in state:
@@ -504,9 +508,9 @@ class RegionSweep:
             present = into != 0.0
             up = up + torch.where(present, into / sd[place][..., outside].clamp(min=1e-300), 0.0).square().sum((1, 2))
             grown = grown + present.sum((1, 2))
-            shared = state["innovation_loading"][:, place]
-            up = up + shared.square().sum((1, 2)) / INNOVATION_SD**2
-            grown = grown + shared[0].numel()
+            if "innovation_loading" in state:
+                shared = state["innovation_loading"][:, place]
+                up, grown = up + shared.square().sum((1, 2)) / INNOVATION_SD**2, grown + shared[0].numel()
             if self.bumps:
                 locked = state["time_locked"][:, place]
                 up = up + locked.square().sum((1, 2)) / state["bump_variance"][:, index]

@@ -27,7 +27,7 @@ class MultiRegionParameters(NamedTuple):
     """Global parameters, each (*draw, 1, *event) or (*event); latents: each region's, the global ones, the level."""
 
     dynamics: Tensor  # (latent, latent)
-    innovation_loading: Tensor  # (latent, shared): of the innovations that regions share
+    innovation_loading: Tensor | None  # (latent, shared): of the innovations that regions share
     initial_variance: Tensor  # (latent)
     loading: Tensor  # (unit, latent)
     offset: Tensor  # (unit)
@@ -73,7 +73,7 @@ class MultiRegionLDS(StateSpaceModel):
     shared_innovations : int
         Rank of the innovations shared by regions.
     trial_level : bool
-        Whether each trial has a level of its own; ignored where there is one trial.
+        Whether each trial has a level of its own that enters all regions.
     time_bumps : int
         Hat functions of the time-locked input; 0 for none. Ignored where each condition has a single trial.
     conditions : sequence of str
@@ -153,7 +153,7 @@ class MultiRegionLDS(StateSpaceModel):
             variance = pyro.sample("bump_variance", dist.InverseGamma(*_rates(BUMPS, zero, regions)).to_event(1))
             heights = pyro.sample("bumps", dist.Normal(zero.expand(regional, *bumps), 1.0).to_event(3))
             time_locked = variance[..., layout.group[:regional], None, None].sqrt() * heights
-        shared = zero.new_zeros(layout.size, 0)
+        shared = None
         if self.shared_innovations:
             prior = dist.Normal(zero.expand(regional, self.shared_innovations), INNOVATION_SD)
             own = pyro.sample("innovations", prior.to_event(2))
@@ -195,7 +195,7 @@ class MultiRegionLDS(StateSpaceModel):
         names = [name for name, _, _ in self.regions(recording)]
         dims = tuple(dim for _, dim, _ in self.regions(recording))
         edges = tuple((names.index(edge.target), names.index(edge.source)) for edge in self.possible_edges(recording))
-        return network_layout(dims, self.global_dim, self.trial_level and recording.num_trials > 1, edges)
+        return network_layout(dims, self.global_dim, self.trial_level, edges)
 
     def possible_edges(self, recording: Recording) -> tuple[Edge, ...]:
         """The edges that may exist among the regions of a recording."""
@@ -225,11 +225,11 @@ class MultiRegionLDS(StateSpaceModel):
 
     def process_noise(self, parameters: MultiRegionParameters, layout: NetworkLayout) -> Tensor:
         """Covariance of the innovations, private and shared, (*draw, 1, latent, latent)."""
-        shared = parameters.innovation_loading
-        own = torch.ones(layout.size, dtype=shared.dtype, device=shared.device)
+        shared, like = parameters.innovation_loading, parameters.dynamics
+        own = torch.ones(layout.size, dtype=like.dtype, device=like.device)
         if layout.level:
             own[-1] = 1.0 - LEVEL_PERSISTENCE**2
-        return own.diag() + shared @ shared.mT
+        return own.diag().expand_as(like) if shared is None else own.diag() + shared @ shared.mT
 
     def drift(self, parameters: MultiRegionParameters, recording: Recording) -> Tensor | None:
         """What inputs add to the latents in every bin but the first, (*draw, trial, time - 1, latent); None for none."""
@@ -307,13 +307,14 @@ class MultiRegionLDS(StateSpaceModel):
         labelled: Labelled = {
             "dynamics": (("latent", "latent_from"), parameters.dynamics),
             "process_noise": (("latent", "latent_from"), self.process_noise(parameters, self._layout_of(parameters))),
-            "innovation_loading": (("latent", "shared"), parameters.innovation_loading),
             "initial_variance": (("latent",), parameters.initial_variance),
             "loading": (("unit", "latent"), parameters.loading),
             "offset": (("unit",), parameters.offset),
         }
         if self.readout.noise_name is not None:
             labelled[self.readout.noise_name] = (("unit",), parameters.noise)
+        if parameters.innovation_loading is not None:
+            labelled["innovation_loading"] = (("latent", "shared"), parameters.innovation_loading)
         if parameters.input_gain is not None:
             labelled["input_gain"] = (("regional_latent", "input"), parameters.input_gain)
         if parameters.time_locked is not None:
@@ -323,7 +324,7 @@ class MultiRegionLDS(StateSpaceModel):
     def unlabel(self, values: Mapping[str, Tensor]) -> MultiRegionParameters:
         noise = None if self.readout.noise_name is None else values[self.readout.noise_name]
         return MultiRegionParameters(
-            values["dynamics"], values["innovation_loading"], values["initial_variance"], values["loading"],
+            values["dynamics"], values.get("innovation_loading"), values["initial_variance"], values["loading"],
             values["offset"], noise, values.get("input_gain"), values.get("time_locked"),
         )  # fmt: skip
 
@@ -338,10 +339,12 @@ class MultiRegionLDS(StateSpaceModel):
             ahead = loading @ moved
             lagged = (ahead * loading).sum(-1)
             turned = ((ahead - loading @ moved.mT) * loading.roll(-1, -2)).sum(-1)
-            own = noise - parameters.innovation_loading @ parameters.innovation_loading.mT
-            shares = variance_shares(dynamics, own, parameters.innovation_loading, layout.group)
+            shared = parameters.innovation_loading
+            shared = dynamics.new_zeros(*dynamics.shape[:-1], 0) if shared is None else shared
+            shares = variance_shares(dynamics, noise - shared @ shared.mT, shared, layout.group)
         found: Labelled = {
             "coupling_strength": (("target", "source"), block_strength(dynamics, covariance, layout.places)),
+            "presence": (("target", "source"), layout.presence(dynamics).to(dynamics.dtype)),
             "variance_share": (("target", "share_source"), shares),
             "spectral_radius": ((), spectral_radius(dynamics[..., : layout.regional, : layout.regional])),
             "signal_sd": (("unit",), signal),
@@ -356,9 +359,14 @@ class MultiRegionLDS(StateSpaceModel):
             found["global_persistence"] = (("global",), persistence.sort(-1, descending=True).values)
         if self.readout.noise_name is not None:
             found[self.readout.noise_name] = (("unit",), parameters.noise)
+        regional = loading[..., : layout.regional]
+        start = (loading.square() * parameters.initial_variance.unsqueeze(-2)).sum(-1).sqrt()
+        found["initial_signal_sd"] = (("unit",), start)
         if parameters.input_gain is not None:
-            effect = loading[..., : layout.regional] @ parameters.input_gain
-            found["input_effect"] = (("unit", "input"), effect)
+            found["input_effect"] = (("unit", "input"), regional @ parameters.input_gain)
+        if parameters.time_locked is not None:
+            effect = (regional @ parameters.time_locked.flatten(-2)).unflatten(-1, parameters.time_locked.shape[-2:])
+            found["time_locked_effect"] = (("unit", "condition", "bump"), effect)
         return found
 
     def transformed(self, parameters: MultiRegionParameters, recording: Recording, seed: int) -> MultiRegionParameters:
@@ -373,10 +381,10 @@ class MultiRegionLDS(StateSpaceModel):
         signs = 1.0 - 2.0 * torch.randint(2, (layout.size - layout.regional, 1, 1), generator=generator).double()
         turn = torch.block_diag(*(orthogonal(dim) for dim in layout.dims), *signs).to(recording.scale.device)
         regional = turn[: layout.regional, : layout.regional]
-        gain, locked = parameters.input_gain, parameters.time_locked
+        gain, locked, shared = parameters.input_gain, parameters.time_locked, parameters.innovation_loading
         return parameters._replace(
             dynamics=turn @ parameters.dynamics @ turn.mT,
-            innovation_loading=turn @ parameters.innovation_loading @ orthogonal(self.shared_innovations).to(turn),
+            innovation_loading=None if shared is None else turn @ shared @ orthogonal(shared.shape[-1]).to(turn),
             loading=parameters.loading @ turn.mT,
             input_gain=None if gain is None else regional @ gain,
             time_locked=None if locked is None else torch.einsum("ij,...jcb->...icb", regional, locked),
@@ -391,8 +399,9 @@ class MultiRegionLDS(StateSpaceModel):
     def _layout_of(self, parameters: MultiRegionParameters) -> NetworkLayout:
         """The layout, without edges, of parameters whose recording is not at hand."""
         size = parameters.dynamics.shape[-1]
-        level = size > self.global_dim and bool((parameters.dynamics[..., -1, -1] == LEVEL_PERSISTENCE).all())
-        regional = size - self.global_dim - level
+        seen = (parameters.loading != 0.0).flatten(0, -2).any(0)  # what is common to all regions has no loading
+        regional = int(seen.sum())
+        level = size - regional > self.global_dim
         if isinstance(self.latent_dim, int):
             dims = (self.latent_dim,) * (regional // self.latent_dim)
         else:
