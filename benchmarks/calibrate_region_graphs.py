@@ -51,8 +51,8 @@ def recovery(seeds: int) -> list[str]:
             false = int((found.evidence[absent] > 0.9).sum())
             table.append((ours[0], least[0], ours[1], ours[2] / most[2]))
             lines.append(
-                f"| {setting} | {seed} | {ours[0]:.2f} | {least[0]:.2f} | {ours[1]:.2f} | {ours[2]:.2f} | {most[2]:.2f} "
-                f"| {false} of {int(absent.sum())} | {seconds:.0f} |"
+                f"| {setting} | {seed} | {ours[0]:.2f} | {least[0]:.2f} | {ours[1]:.2f} | {ours[2]:.2f} "
+                f"| {most[2]:.2f} | {false} of {int(absent.sum())} | {seconds:.0f} |"
             )
             print(lines[-1], flush=True)
         values = np.array(table)

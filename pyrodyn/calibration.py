@@ -70,9 +70,10 @@ def calibrate(
     Returns
     -------
     xarray.Dataset
-        ``place``, ``truth`` and the posterior's ``mean`` (replicate, quantity), places in (0, 1); and for each quantity ``ks_p`` and ``chi_square_p`` (10 bins), the
-        ``coverage`` (quantity, level) of central intervals, its ``bounds`` (level, side) where intervals are right, and
-        ``flagged``. Quantities are the model's invariants and the log likelihood, by the program that was fitted.
+        ``place``, ``truth`` and the posterior's ``mean`` (replicate, quantity), places in (0, 1); and for each quantity
+        ``ks_p`` and ``chi_square_p`` (10 bins), the ``coverage`` (quantity, level) of central intervals, its ``bounds``
+        (level, side) where intervals are right, and ``flagged``. Quantities are the model's invariants and the log
+        likelihood, by the program that was fitted.
 
     Raises
     ------
@@ -108,11 +109,15 @@ def calibrate(
     places = {name: np.concatenate([part[0][name] for part in parts]) for name in parts[0][0]}
     truth, mean = (np.concatenate([np.stack(list(part[i].values()), -1) for part in parts]) for i in (1, 2))
     sides = ("replicate", "quantity")
-    return summarise(places).assign(truth=(sides, truth), mean=(sides, mean)).assign_attrs(
-        model=json.dumps(specification(model)),
-        engine=json.dumps(specification(engine), default=str),
-        shape=f"{like.num_trials} trials x {like.num_bins} bins x {like.num_units} units",
-        seed=seed,
+    return (
+        summarise(places)
+        .assign(truth=(sides, truth), mean=(sides, mean))
+        .assign_attrs(
+            model=json.dumps(specification(model)),
+            engine=json.dumps(specification(engine), default=str),
+            shape=f"{like.num_trials} trials x {like.num_bins} bins x {like.num_units} units",
+            seed=seed,
+        )
     )
 
 

@@ -22,9 +22,9 @@ from pyrodyn.inference.collapse import Collapsed
 from pyrodyn.inference.engine import Engine, double_precision, random_stream
 from pyrodyn.posterior import (
     coordinates,
-    path_coordinates,
     model_of,
     parameters_of,
+    path_coordinates,
     path_summary,
     to_datatree,
     trial_batches,
@@ -146,7 +146,8 @@ def simulate(
         trace = poutine.trace(poutine.condition(model, data=sites)).get_trace(like.blank())
         labelled = model.label(globals_given(model, sites, like))
     truth = xr.Dataset(
-        {name: (dims, value.numpy()) for name, (dims, value) in labelled.items()}, coords=coordinates(like, labelled, model)
+        {name: (dims, value.numpy()) for name, (dims, value) in labelled.items()},
+        coords=coordinates(like, labelled, model),
     )
     values_of: dict[str, Any] = {name: site["value"] for name, site in trace.nodes.items() if is_random(site)}
     if "latent" in values_of:

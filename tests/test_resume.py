@@ -23,7 +23,9 @@ from pyrodyn.errors import CheckpointError, IntegrityError
 from pyrodyn.inference.engine import Draws
 
 ROW = zoo.row("LDS-Gaussian")
+ROWS = {"Gibbs": zoo.row("MultiRegionLDS-Poisson-inputs-one-edge")}  # of engines that do not take every model
 ENGINES = {
+    "Gibbs": inference.Gibbs(draws=4, warmup=10, chains=2),
     "SVI": inference.SVI(steps=60, draws=20, particles=2),
     "SVI-structured": inference.SVI(
         steps=8, draws=20, particles=1, guide=guides.Structured(globals=guides.MeanField())
@@ -37,6 +39,8 @@ ENGINES = {
 }
 # How many states are written before the run is killed; the last of these writes is the one that is kept.
 KILLS = {
+    # Before and after the reference is averaged and the curvature learned, and among the draws.
+    "Gibbs": (1, 3, 6, 9, 12),
     "SVI": (1, 50, 59),
     "SVI-structured": (5,),
     "Laplace": (1, 2),
@@ -78,7 +82,8 @@ class Fragile:
 
 
 def run(engine: str, store: StateStore | None = None) -> Draws:
-    return ENGINES[engine].run(ROW.model, ROW.recording, seed=4, checkpoint=store)
+    row = ROWS.get(engine, ROW)
+    return ENGINES[engine].run(row.model, row.recording, seed=4, checkpoint=store)
 
 
 @pytest.fixture(scope="module")

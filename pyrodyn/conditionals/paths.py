@@ -1,9 +1,9 @@
 r"""A path given parameters and observations, drawn anew: exactly for a Gaussian readout, by a Markov move otherwise.
 
-Write :math:`p(x \mid y, \theta) \propto N(x; m, \Sigma) \, e^{r(x)}`, with the Gaussian made of the prior of the path and a
+Write :math:`p(x \mid y, \theta) \propto N(x; m, \Sigma) \, e^{r(x)}`, the Gaussian made of the prior of the path and a
 quadratic *reference* for each log likelihood, and r what the reference leaves over. Hamiltonian dynamics with mass
-:math:`\Sigma^{-1}` turn :math:`x - m` and the velocity into each other under the Gaussian, exactly, whatever the angle;
-r only kicks the velocity. So a few kicks carry a path of any length to an almost independent one.
+:math:`\Sigma^{-1}` turn :math:`x - m` and the velocity into each other under the Gaussian, exactly, by any angle; r
+only kicks the velocity. So a few kicks carry a path of any length to an almost independent one.
 
 The reference is fixed while the chain runs, and so is no part of the target: a poor one costs acceptance, not truth.
 
@@ -126,13 +126,15 @@ class Referenced:
     model: Any
     reference: Reference
 
-    def __call__(self, recording: Recording) -> None:
+    def __call__(self, recording: Recording) -> Tensor:
         prior, readout = factors(self.model, self.model.sample_globals(recording), recording)
         near = prior.condition(*self.reference.potential(readout))
         apart = readout.offset - self.reference.centre
         at_zero = (apart * (self.reference.score - 0.5 * self.reference.curvature * apart)).sum((-2, -1))
+        evidence = at_zero + near.log_normaliser - prior.log_normaliser
         with trial_plate(recording):
-            pyro.factor("observations", at_zero + near.log_normaliser - prior.log_normaliser)
+            pyro.factor("observations", evidence)
+        return evidence
 
 
 def factors(model: Any, parameters: Any, recording: Recording) -> tuple[GaussMarkov, AffineReadout]:

@@ -146,7 +146,7 @@ class SourceLaw:
             held, linear = _restrict(self.schur, self.rest, inside)
             root = cholesky(held)
             white = root.mT @ coefficients[:, e] - torch.linalg.solve_triangular(root, linear, upper=False)
-            volume = root.diagonal(dim1=-2, dim2=-1).log().sum(-1) - inside.sum(-1) * _LOG_ROOT
+            volume = root.diagonal(dim1=-2, dim2=-1).log().sum(-1) - inside.to(root.dtype).sum(-1) * _LOG_ROOT
             total = total + latents * volume - 0.5 * white.square().sum((-2, -1))
         return total
 

@@ -213,7 +213,8 @@ class GaussMarkov(TorchDistribution):
 
     def _solve(self, linear: Tensor) -> Tensor:
         *_, columns, layout = as_columns(self.diagonal, self.upper, linear)
-        return from_columns(self._factor.solve(columns), layout).expand(self.batch_shape + self.event_shape)
+        batch = broadcast_shapes(self.batch_shape, linear.shape[:-2])
+        return from_columns(self._factor.solve(columns), layout).expand(batch + self.event_shape)
 
     @_kept
     def _marginals(self) -> tuple[Tensor, Tensor]:

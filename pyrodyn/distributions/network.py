@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -62,7 +63,7 @@ class NetworkLayout:
     def places(self) -> tuple[slice, ...]:
         """Where each region's latents stand in the state."""
         ends = torch.tensor((0, *self.dims)).cumsum(0).tolist()
-        return tuple(slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True))
+        return tuple(slice(a, b) for a, b in pairwise(ends))
 
     @cached_property
     def common(self) -> slice:
@@ -175,11 +176,11 @@ class _Tame(Transform):
 
     def __init__(self, constraint: _Stable, cache_size: int = 0) -> None:
         super().__init__(cache_size=cache_size)
-        self.codomain, self.layout = constraint, constraint.layout
+        self.codomain, self.target, self.layout = constraint, constraint, constraint.layout
         self.coupled, self.slow = self.layout.coupled, self.layout.slow
 
     def with_cache(self, cache_size: int = 1) -> _Tame:
-        return _Tame(self.codomain, cache_size=cache_size)
+        return _Tame(self.target, cache_size=cache_size)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Tame) and other.layout == self.layout

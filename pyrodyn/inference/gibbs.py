@@ -12,9 +12,9 @@ from torch import Tensor
 from pyrodyn.checkpoint import StateStore
 from pyrodyn.conditionals.paths import Referenced, factors, settled
 from pyrodyn.errors import ModelError, NonFiniteError
-from pyrodyn.inference.collapse import Collapsed
+from pyrodyn.inference.collapse import Collapsed, collapse
 from pyrodyn.inference.density import LogDensity
-from pyrodyn.inference.engine import NEAR, Draws, double_precision, random_stream, starting_values
+from pyrodyn.inference.engine import NEAR, Draws, double_precision, random_stream
 from pyrodyn.inference.mode import ascend
 from pyrodyn.program import Program, globals_given
 from pyrodyn.progress import progress
@@ -91,8 +91,11 @@ class Gibbs:
             run = Run(self, sweep, start).go(checkpoint)
         samples = {name: torch.stack(parts, 1) for name, parts in run.kept.items()}
         path = torch.stack(run.paths, 1) if run.paths else None
-        notes: dict[str, Any] = {"atoms": "sampled", "sweeps_per_chain": self.warmup + self.thin * self.draws} | run.rates()
-        return Draws(samples, "sampled", path=path, notes=notes)
+        notes: dict[str, Any] = {
+            "atoms": "sampled",
+            "sweeps_per_chain": self.warmup + self.thin * self.draws,
+        } | run.rates()
+        return Draws(samples, "sampled", path=path, notes=notes | run.rates())
 
     def replicate(self, density: LogDensity, start: Tensor) -> Tensor:
         """Draws (replicate, chain x draw, dimension) from many posteriors at once, started at ``start``.
@@ -115,7 +118,8 @@ def climb(model: Any, recording: Recording) -> dict[str, Tensor]:
     """Values of the globals near the posterior mode, counts taken as Gaussian about a reference that follows."""
     values = model.initial_values(recording)
     if model.readout.is_gaussian:
-        return starting_values(model, recording, CLIMB, "Gibbs: start")
+        density = LogDensity(collapse(model), recording)
+        return density.constrain(ascend(density, density.unconstrain(values), CLIMB, "Gibbs: start", NEAR)[0])
     reference = None
     for _ in range(ROUNDS):
         reference = settled(
@@ -202,7 +206,9 @@ class Run:
 
     def _restore(self, held: Any) -> None:
         def part(prefix: str) -> dict[str, Tensor]:
-            return {n.removeprefix(prefix): torch.from_numpy(np.array(v)) for n, v in held.items() if n.startswith(prefix)}
+            return {
+                n.removeprefix(prefix): torch.from_numpy(np.array(v)) for n, v in held.items() if n.startswith(prefix)
+            }
 
         self.state, self.sums = part(STATE), part("sums/")
         self.kept = {name: list(values) for name, values in part("kept/").items()}

@@ -66,7 +66,9 @@ def block_strength(dynamics: Tensor, covariance: Tensor, places: tuple[slice, ..
     for target, root in zip(places, roots, strict=True):
         # L^-1 in place of the symmetric root: they differ by a rotation, which a Frobenius norm does not see.
         scaled = torch.linalg.solve_triangular(root, dynamics[..., target, :], upper=False)
-        rows.append(torch.stack([(scaled[..., s] @ r).square().sum((-2, -1)) for s, r in zip(places, roots, strict=True)], -1))
+        rows.append(
+            torch.stack([(scaled[..., s] @ r).square().sum((-2, -1)) for s, r in zip(places, roots, strict=True)], -1)
+        )
     return torch.stack(rows, -2).sqrt()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -42,7 +41,7 @@ class Edge(NamedTuple):
 
 def checked_dims(latent_dim: Any) -> int | tuple[tuple[str, int], ...]:
     """Latents of each region: one number, or pairs of name and number."""
-    if isinstance(latent_dim, int) and not isinstance(latent_dim, bool):
+    if isinstance(latent_dim, int):
         if latent_dim < 1:
             raise ModelError(f"latent_dim must be 1 or more, got {latent_dim}")
         return latent_dim
@@ -135,9 +134,11 @@ def check(model: MultiRegionLDS, recording: Recording) -> None:
             "irregular; rebin it, or put the gaps into the mask"
         )
     if model.conditions:
-        strange = sorted(set(recording.condition.astype(str)) - set(model.conditions))
+        strange = sorted(set(recording.condition.astype(str).tolist()) - set(model.conditions))
         if strange:
-            raise ModelError(f"the recording has conditions {strange}, which are not among conditions={model.conditions}")
+            raise ModelError(
+                f"the recording has conditions {strange}, which are not among conditions={model.conditions}"
+            )
 
 
 def entry_prior(

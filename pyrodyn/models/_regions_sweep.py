@@ -8,11 +8,11 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyrodyn.conditioning import gaussian_potential
 from pyrodyn.conditionals.paths import LEAST_CURVATURE, Reference, factors, gaussian_path, settled, turned_path
 from pyrodyn.conditionals.regression import SourceSets
 from pyrodyn.conditionals.surrogate import BATCH_NUMBERS, NetworkProposal, Quadratic
 from pyrodyn.conditionals.units import draw_coefficients, draw_noise
+from pyrodyn.conditioning import gaussian_potential
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.distributions.loading import gauge_fix
 from pyrodyn.distributions.network import LEVEL_PERSISTENCE, log_stability
@@ -34,6 +34,7 @@ SCATTER = 5  # runs under the surrogate that make a chain's first network
 AVERAGED = (0.1, 0.5)  # share of the warm-up over which the reference is averaged
 CAUTION = 1.5  # factor of the curvature that proposals are made with, before it adapts
 ACCEPTED = 0.4  # of the moves of the network, to which their caution adapts
+_VARIANCES = ("signal_variance", "initial_variance", "bump_variance")
 _REFERENCE = ("centre", "score", "curvature")
 _SUMS = ("centre_sum", "score_sum", "curvature_sum")
 
@@ -99,7 +100,9 @@ class RegionSweep:
             for name, value in parameters._asdict().items()
             if value is not None and name != "initial_variance"
         }
-        held |= {n: grouped[n].clone() for n in ("signal_variance", "initial_variance", "bump_variance") if n in grouped}
+        held |= {
+            n: grouped[n].clone() for n in ("signal_variance", "initial_variance", "bump_variance") if n in grouped
+        }
         if self.bumps:
             held["time_locked"] = held["time_locked"].flatten(-2)
         groups = len(held["dynamics"])
@@ -348,11 +351,10 @@ class RegionSweep:
         path, noise = state["path"], None
         if not self.model.readout.is_gaussian:
             near = near.detach()
-            if origin is None:
+            if origin is None or origin.noise is None:
                 noise = near.noise_of(path)
             else:
-                noise = origin.noise
-                path = near.draw(noise)
+                noise, path = origin.noise, near.draw(origin.noise)
             rest, _ = self._reference(state).rest(readout, readout.predict(path), self._seen(state))
             value = value + rest.sum(-1)
         bad = ~(torch.isfinite(value) & torch.isfinite(slope).all(-1))
@@ -555,7 +557,6 @@ class RegionSweep:
 
     def _variances(self, state: State) -> None:
         layout, first = self.layout, state["path"][:, :, 0]
-        count = layout.num_regions
         for name, prior, blocks in (
             ("initial_variance", INITIAL, [first[..., p] for p in layout.places]),
             ("signal_variance", SIGNAL, self._weights(state)),
@@ -568,7 +569,6 @@ class RegionSweep:
             shape = torch.tensor([prior[0] + 0.5 * block[0].numel() for block in blocks], dtype=torch.float64)
             rate = torch.stack([prior[1] + 0.5 * block.square().flatten(1).sum(1) for block in blocks], -1)
             state[name] = rate / torch._standard_gamma(shape.expand_as(rate))
-        del count
 
     def _weights(self, state: State) -> list[Tensor]:
         """Loadings of every region in units of the readout's scale."""
@@ -586,9 +586,7 @@ class RegionSweep:
         values = self._seen(state).flatten(1, 2)
         loading, offset = state["loading"].clone(), state["offset"].clone()
         rates = []
-        for (_, dim, units), place, r in zip(
-            self.regions, self.layout.places, range(len(self.regions)), strict=True
-        ):
+        for (_, dim, units), place, r in zip(self.regions, self.layout.places, range(len(self.regions)), strict=True):
             design = torch.cat([path[..., place], torch.ones_like(path[..., :1])], -1)
             held = torch.cat([loading[:, units, place], offset[:, units, None]], -1)
             mean = torch.zeros(1, len(units), dim + 1, dtype=torch.float64)

@@ -232,7 +232,7 @@ class MultiRegionLDS(StateSpaceModel):
         return own.diag().expand_as(like) if shared is None else own.diag() + shared @ shared.mT
 
     def drift(self, parameters: MultiRegionParameters, recording: Recording) -> Tensor | None:
-        """What inputs add to the latents in every bin but the first, (*draw, trial, time - 1, latent); None for none."""
+        """What inputs add to the latents from the second bin on, (*draw, trial, time - 1, latent), or None."""
         regional, total = self.layout(recording).regional, None
         if parameters.input_gain is not None and recording.inputs is not None:
             total = recording.inputs[:, 1:] @ parameters.input_gain.mT
@@ -311,7 +311,7 @@ class MultiRegionLDS(StateSpaceModel):
             "loading": (("unit", "latent"), parameters.loading),
             "offset": (("unit",), parameters.offset),
         }
-        if self.readout.noise_name is not None:
+        if self.readout.noise_name is not None and parameters.noise is not None:
             labelled[self.readout.noise_name] = (("unit",), parameters.noise)
         if parameters.innovation_loading is not None:
             labelled["innovation_loading"] = (("latent", "shared"), parameters.innovation_loading)
@@ -357,7 +357,7 @@ class MultiRegionLDS(StateSpaceModel):
                 ..., layout.regional : layout.regional + layout.num_globals
             ]
             found["global_persistence"] = (("global",), persistence.sort(-1, descending=True).values)
-        if self.readout.noise_name is not None:
+        if self.readout.noise_name is not None and parameters.noise is not None:
             found[self.readout.noise_name] = (("unit",), parameters.noise)
         regional = loading[..., : layout.regional]
         start = (loading.square() * parameters.initial_variance.unsqueeze(-2)).sum(-1).sqrt()

@@ -1,0 +1,175 @@
+"""Coupled regions: options against recordings, exactness of Gibbs sampling, and graphs found again."""
+
+from __future__ import annotations
+
+import warnings
+
+import networkx as nx
+import numpy as np
+import pytest
+import torch
+
+import pyrodyn as dyn
+from pyrodyn import inference, models, readouts
+from pyrodyn.errors import ModelError
+from pyrodyn.inference.engine import double_precision, random_stream
+from pyrodyn.program import globals_given
+from pyrodyn.systems import coupled_regions
+
+
+def recording(values=None, region=("A", "A", "A", "B", "B", "B"), trials: int = 3, bins: int = 20, **options):
+    if values is None:
+        values = np.random.default_rng(0).poisson(0.5, (trials, bins, len(region)))
+    return dyn.Recording.from_arrays(values, bin_width=0.05, region=list(region), **options)
+
+
+# ------------------------------------------------------------------------------------------ what cannot be fitted
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"latent_dim": {"A": 1, "C": 1}}, r"latent_dim names \['C'\].*no units.*\['A', 'B'\]"),
+        ({"latent_dim": {"A": 1}}, r"units in \['B'\].*recording.sel\(region"),
+        ({"latent_dim": {"A": 4, "B": 1}}, r"'A' has 3 units and latent_dim asks for 4"),
+        ({"latent_dim": 0}, "1 or more"),
+        ({"latent_dim": {"A": "x"}}, "whole number"),
+        ({"latent_dim": 1, "edges": [("A", "C")]}, r"edges names \['C'\]"),
+        ({"latent_dim": 1, "edges": [("A", "A")]}, "own dynamics are always there"),
+        ({"latent_dim": 1, "edges": [("A", "B", 0.0)]}, "leave out an edge"),
+        ({"latent_dim": 1, "edges": [("A", "B"), ("A", "B", 0.2)]}, "twice"),
+        ({"latent_dim": 1, "edges": nx.Graph([("A", "B")])}, "DiGraph"),
+        ({"latent_dim": 1, "edge_probability": 1.5}, "edge_probability"),
+        ({"latent_dim": 1, "time_bumps": 1}, "time_bumps"),
+        ({"latent_dim": 1, "persistence": 1.0}, "persistence"),
+        ({"latent_dim": 1, "coupling_scale": 0.0}, "coupling_scale"),
+        ({"latent_dim": 1, "readout": "Poisson"}, "readouts"),
+        ({"latent_dim": 1, "conditions": ("left",)}, r"conditions \['all'\]"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_with_a_remedy(options, message):
+    with pytest.raises(ModelError, match=message):
+        models.MultiRegionLDS(**options).check(recording())
+
+
+def test_recordings_that_cannot_be_fitted_are_refused():
+    model = models.MultiRegionLDS(1)
+    with pytest.raises(ModelError, match=r"two regions or more.*models.LDS"):
+        model.check(recording(region=("A",) * 6))
+    with pytest.raises(ModelError, match="a name this model uses itself"):
+        model.check(recording(region=("global",) * 3 + ("B",) * 3))
+    silent = np.ones((3, 20, 6))
+    silent[..., 3:] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        mute = recording(silent, counts=True)
+    with pytest.raises(ModelError, match=r"'B' is silent.*sel\(region=\['A'\]\)"):
+        model.check(mute)
+    with pytest.raises(ModelError, match="irregular"):
+        model.check(
+            dyn.Recording.from_arrays(
+                np.ones((1, 4, 2)), time=[0.0, 0.1, 0.3, 0.4], bin_width=0.1, region=["A", "B"], counts=True
+            )
+        )
+
+
+def test_a_graph_of_edges_is_a_prior():
+    graph = nx.DiGraph()
+    graph.add_edge("A", "B", probability=0.2)
+    model = models.MultiRegionLDS({"A": 1, "B": 1}, edges=graph)
+    assert model.edges is not None and model.edges[0] == ("A", "B", 0.2)
+    assert model == models.MultiRegionLDS({"A": 1, "B": 1}, edges=[("A", "B", 0.2)])
+    seen = recording()
+    with random_stream(0), double_precision(), torch.no_grad():
+        parameters = model.sample_globals(seen)
+    blocks = model.layout(seen)
+    assert not bool(parameters.dynamics[blocks.places[0], blocks.places[1]].any())  # B does not drive A
+
+
+def test_gibbs_wants_a_model_with_conditionals():
+    with pytest.raises(ModelError, match=r"LDS declares none.*HMC"):
+        dyn.fit(models.LDS(1), recording(), inference.Gibbs())
+    with pytest.raises(ModelError, match="thin"):
+        inference.Gibbs(thin=0)
+
+
+# ------------------------------------------------------------------------------------------ exactness
+
+
+def test_gibbs_agrees_with_hmc_where_all_edges_are_there():
+    model = models.MultiRegionLDS(
+        1, edge_probability=1.0, readout=readouts.Gaussian(), time_bumps=0, trial_level=False, shared_innovations=0
+    )
+    like = recording(np.zeros((4, 40, 6)), counts=False, center=np.zeros(6), scale=np.ones(6)).blank()
+    seen, _ = dyn.simulate(model, like, seed=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dyn.FitWarning)
+        gibbs = dyn.fit(model, seen, inference.Gibbs(draws=300, warmup=100, thin=2, chains=8), seed=0)
+        hmc = dyn.fit(model, seen, inference.HMC(draws=50, warmup=150, chains=32), seed=0)
+    for name in ("coupling_strength", "variance_share", "spectral_radius", "signal_sd", "noise_sd"):
+        ours, theirs = (p["invariants"][name].stack(sample=("chain", "draw")) for p in (gibbs, hmc))
+        apart = abs(ours.mean("sample") - theirs.mean("sample")) / theirs.std("sample")
+        assert float(apart.max()) < 0.35, name
+        spread = ours.std("sample") / theirs.std("sample")
+        assert float(spread.min()) > 0.7 and float(spread.max()) < 1.4, name
+
+
+@pytest.mark.parametrize("readout", [readouts.Gaussian(), readouts.Poisson()])
+def test_ranks_of_truths_are_uniform(readout):
+    """A short simulation-based calibration; the long one is a benchmark."""
+    model = models.MultiRegionLDS(1, readout=readout, time_bumps=0, trial_level=False)
+    counts = not readout.is_gaussian
+    like = recording(np.ones((2, 25, 6)), counts=counts, center=np.zeros(6), scale=np.ones(6)).blank()
+    engine = inference.Gibbs(draws=40, warmup=40, thin=2, chains=2)
+    found = dyn.calibrate(model, like, engine, replicates=40, seed=2)
+    assert not bool(found["flagged"].any()), found["quantity"].values[found["flagged"].values]
+    names = found["quantity"].values.astype(str)
+    edges = found.isel(quantity=[i for i, name in enumerate(names) if name in ("presence[1]", "presence[2]")])
+    assert abs(float(edges["mean"].mean() - edges["truth"].mean())) < 0.15
+
+
+def test_gibbs_draws_stand_for_the_program():
+    """Sites handed out rebuild the state they came from, in the model's gauge."""
+    system = coupled_regions(regions=2, units=5, trials=3, bins=40, mean_count=0.5, seed=1)
+    model = models.MultiRegionLDS(2, time_bumps=3)
+    with random_stream(0), double_precision(), torch.no_grad():
+        sweep = model.conditionals(system.recording)
+        state = sweep.start(model.initial_values(system.recording), 3)
+        for i in range(4):
+            state = sweep.sweep(state, i / 8)
+        sites = sweep.sites(state)
+        path = sites.pop("latent")
+        parameters = globals_given(model, {name: value.unsqueeze(1) for name, value in sites.items()}, system.recording)
+    predictor = path @ parameters.loading.mT + parameters.offset.unsqueeze(-2)
+    expected = state["path"] @ state["loading"].unsqueeze(1).mT + state["offset"][:, None, None]
+    torch.testing.assert_close(predictor, expected)
+    moved = parameters.loading @ parameters.dynamics @ parameters.loading.mT
+    torch.testing.assert_close(moved.squeeze(1), state["loading"] @ state["dynamics"] @ state["loading"].mT)
+    drift = model.drift(parameters, system.recording) @ parameters.loading.mT
+    whole = model.drift(sweep._parameters(state), system.recording) @ state["loading"].unsqueeze(1).mT
+    torch.testing.assert_close(drift, whole)
+
+
+# ------------------------------------------------------------------------------------------ graphs
+
+
+def test_a_graph_is_found_again_with_its_direction():
+    system = coupled_regions(regions=3, units=15, trials=8, bins=150, mean_count=0.6, coupling=0.35, seed=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dyn.FitWarning)
+        posterior = dyn.fit(
+            models.MultiRegionLDS(2, time_bumps=4),
+            system.recording,
+            inference.Gibbs(draws=40, warmup=40, chains=2),
+            seed=0,
+        )
+    graph = dyn.coupling_graph(posterior)
+    assert graph["probability"].attrs["estimator"].startswith("share of the draws")
+    there = system.truth["adjacency"].values
+    off = ~np.eye(3, dtype=bool)
+    probability = graph["probability"].values
+    assert probability[there].min() > probability[off & ~there].max(initial=0.0)
+    np.testing.assert_allclose(graph["variance_share"].sum("origin"), 1.0, atol=1e-6)
+    strength = posterior["invariants"]["coupling_strength"].values
+    np.testing.assert_allclose(graph["strength"].values[..., off], strength[..., off], rtol=1e-6, atol=1e-9)
+    assert set(posterior["posterior"]["latent_region"].values.tolist()) == {"R1", "R2", "R3", "global"}
