@@ -1,4 +1,4 @@
-"""`pyrodyn demo`: real recordings, two engines with one argument changed, summaries side by side, and pictures."""
+"""`pyrodyn demo`: real recordings, two engines with one argument changed, a graph of regions, and pictures."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -19,8 +20,8 @@ from matplotlib.figure import Figure
 
 import pyrodyn as dyn
 from pyrodyn import plots
-from pyrodyn.inference import HMC, SVI
-from pyrodyn.models import LDS
+from pyrodyn.inference import HMC, SVI, Gibbs
+from pyrodyn.models import LDS, MultiRegionLDS
 from pyrodyn.readouts import Gaussian, Poisson
 from pyrodyn.scoring import bits_per_spike_over_trials
 
@@ -42,12 +43,15 @@ class Sizes:
     trials: int
     new_trials: int
     spikes_svi: SVI
+    graph: Gibbs
+    graph_units: int
+    graph_trials: int
 
 
-FULL = Sizes(SVI(), HMC(), None, 250, 40, 40, 20, SVI(steps=300))
+FULL = Sizes(SVI(), HMC(), None, 250, 40, 40, 20, SVI(steps=300), Gibbs(draws=100, warmup=100, chains=2), 60, 80)
 QUICK = Sizes(
     SVI(steps=20, draws=30), HMC(draws=5, warmup=5, chains=8), ("LPCC", "RPCC", "LPrec", "RPrec"), 25, 4, 3, 3,
-    SVI(steps=5, draws=10),
+    SVI(steps=5, draws=10), Gibbs(draws=6, warmup=4, chains=2), 20, 6,
 )  # fmt: skip
 
 
@@ -80,6 +84,7 @@ def run(folder: Path, *, quick: bool = False, say: Callable[[str], None] = print
         session = Path(os.environ.get("PYRODYN_DATA", "../shared/data")) / SESSION
         if session.is_file():
             _spikes(report, sizes, session)
+            _graph(report, sizes, session)
         else:
             say(f"\n(no spikes: PYRODYN_DATA names no folder with {SESSION})")
     finally:
@@ -272,7 +277,46 @@ def _spikes(report: _Report, sizes: Sizes, session: Path) -> None:
         )
 
 
-def _call(engine: SVI | HMC) -> str:
+def _graph(report: _Report, sizes: Sizes, session: Path) -> None:
+    whole = spikes_recording(session, units=sizes.graph_units, trials=sizes.graph_trials, new_trials=0)
+    units = Counter(whole.region.tolist())
+    chosen = [name for name, count in units.most_common(3) if count > 1]
+    recording = whole.sel(region=chosen)
+    model = MultiRegionLDS(2, time_bumps=6)
+    report.say(f"\nRegions: {recording!r}\n  model = MultiRegionLDS(2, time_bumps=6)")
+    with report.step(f"dyn.fit(model, recording, {_call(sizes.graph)})"):
+        posterior = dyn.fit(model, recording, sizes.graph, seed=0)
+    report.posterior("regions_gibbs.nc", posterior, "the posterior of the region graph; dyn.coupling_graph reads it")
+    with report.step("the graph"):
+        graph = dyn.coupling_graph(posterior)
+    report.say(
+        "  P(present), by target and source, and the share of the target's variance that the source's noise makes:"
+    )
+    probability, share = graph["probability"], graph["variance_share"].mean(("chain", "draw"))
+    report.say(f"{'':>6}" + "".join(f"{name:>13}" for name in chosen))
+    for target in chosen:
+        cells = [
+            "-"
+            if source == target
+            else f"{float(probability.sel(target=target, source=source)):.2f} "
+            f"({float(share.sel(target=target, origin=source)):.2f})"
+            for source in chosen
+        ]
+        report.say(f"{target:>6}" + "".join(f"{cell:>13}" for cell in cells))
+    with report.step("pictures"):
+        report.picture(
+            "regions_graph.png",
+            plots.plot_coupling_graph(graph),
+            "who drives whom: wide arrows are strong, faint ones uncertain",
+        )
+        report.picture(
+            "regions_strengths.png",
+            plots.plot_strengths(graph),
+            "the same with intervals: an edge whose interval reaches zero may not be there",
+        )
+
+
+def _call(engine: SVI | HMC | Gibbs) -> str:
     """The engine as one would type it: only the options that are not the default."""
     values = {field.name: getattr(engine, field.name) for field in fields(engine)}
     given = {field.name: values[field.name] for field in fields(engine) if values[field.name] != field.default}
