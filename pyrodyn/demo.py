@@ -290,7 +290,7 @@ def _graph(report: _Report, sizes: Sizes, session: Path) -> None:
     with report.step("the graph"):
         graph = dyn.coupling_graph(posterior)
     report.say(
-        "  P(present), by target and source, and the share of the target's variance that the source's noise makes:"
+        "  P(present), by target and source; in brackets, how much of the target's variance is the source's noise:"
     )
     probability, share = graph["probability"], graph["variance_share"].mean(("chain", "draw"))
     report.say(f"{'':>6}" + "".join(f"{name:>13}" for name in chosen))

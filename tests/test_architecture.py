@@ -30,6 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "conditioning",
         "program",
         "alignment",
+        "conditionals",
         "guides",
         "models inference",
         "diagnostics",
