@@ -86,11 +86,22 @@ def imported(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[ast
 
 
 def graph(modules: dict[str, ast.Module]) -> dict[str, set[str]]:
-    """Which modules of the package each one imports. A name that is no module counts as its parent module."""
+    """Which modules of the package each one imports when it runs. A name that is no module counts as its parent.
+
+    What stands under TYPE_CHECKING is for a type checker alone.
+    """
     packages = {name.rpartition(".")[0] for name in modules}
     edges: dict[str, set[str]] = {name: set() for name in modules}
     for name, tree in modules.items():
-        for _, target in imported(tree, name, name in packages):
+        typing_only = {
+            child
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and dotted(node.test).endswith("TYPE_CHECKING")
+            for child in ast.walk(node)
+        }
+        for node, target in imported(tree, name, name in packages):
+            if node in typing_only:
+                continue
             head, _, rest = target.partition(".")
             if head != PACKAGE:
                 continue

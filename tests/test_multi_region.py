@@ -146,7 +146,7 @@ def test_gibbs_draws_stand_for_the_program():
     moved = parameters.loading @ parameters.dynamics @ parameters.loading.mT
     torch.testing.assert_close(moved.squeeze(1), state["loading"] @ state["dynamics"] @ state["loading"].mT)
     drift = model.drift(parameters, system.recording) @ parameters.loading.mT
-    whole = model.drift(sweep._parameters(state), system.recording) @ state["loading"].unsqueeze(1).mT
+    whole = model.drift(sweep.parameters(state), system.recording) @ state["loading"].unsqueeze(1).mT
     torch.testing.assert_close(drift, whole)
 
 

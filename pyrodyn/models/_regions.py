@@ -31,6 +31,19 @@ LARGEST = 0.97  # spectral radius at the start
 SLOW, SLOW_SD = 0.95, 0.05  # persistence of a global latent
 
 
+class MultiRegionParameters(NamedTuple):
+    """Global parameters, each (*draw, 1, *event) or (*event); latents: each region's, the global ones, the level."""
+
+    dynamics: Tensor  # (latent, latent)
+    innovation_loading: Tensor | None  # (latent, shared): of the innovations that regions share
+    initial_variance: Tensor  # (latent)
+    loading: Tensor  # (unit, latent)
+    offset: Tensor  # (unit)
+    noise: Tensor | None  # (unit): the readout's own parameter
+    input_gain: Tensor | None  # (latent, input)
+    time_locked: Tensor | None  # (latent, condition, bump)
+
+
 class Edge(NamedTuple):
     """An edge that may exist, and its prior probability."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -17,23 +17,11 @@ from pyrodyn.distributions.network import LEVEL_PERSISTENCE
 from pyrodyn.errors import ModelError
 from pyrodyn.linalg.stationary import block_strength, spectral_radius, stationary_covariance, variance_shares
 from pyrodyn.models import _regions
-from pyrodyn.models._regions import BUMPS, GLOBAL, INITIAL, INNOVATION_SD, LEVEL, SIGNAL, Edge
+from pyrodyn.models._regions import BUMPS, GLOBAL, INITIAL, INNOVATION_SD, LEVEL, SIGNAL, Edge, MultiRegionParameters
+from pyrodyn.models._regions_sweep import RegionSweep
 from pyrodyn.program import Labelled, StateSpaceModel
 from pyrodyn.readouts import AffineReadout, Poisson, Readout
 from pyrodyn.recording import Recording
-
-
-class MultiRegionParameters(NamedTuple):
-    """Global parameters, each (*draw, 1, *event) or (*event); latents: each region's, the global ones, the level."""
-
-    dynamics: Tensor  # (latent, latent)
-    innovation_loading: Tensor | None  # (latent, shared): of the innovations that regions share
-    initial_variance: Tensor  # (latent)
-    loading: Tensor  # (unit, latent)
-    offset: Tensor  # (unit)
-    noise: Tensor | None  # (unit): the readout's own parameter
-    input_gain: Tensor | None  # (latent, input)
-    time_locked: Tensor | None  # (latent, condition, bump)
 
 
 @dataclass(frozen=True)
@@ -390,10 +378,8 @@ class MultiRegionLDS(StateSpaceModel):
             time_locked=None if locked is None else torch.einsum("ij,...jcb->...icb", regional, locked),
         )
 
-    def conditionals(self, recording: Recording, observations: Tensor | None = None) -> Any:
+    def conditionals(self, recording: Recording, observations: Tensor | None = None) -> RegionSweep:
         """The moves of blocked Gibbs sampling; see `inference.Gibbs`."""
-        from pyrodyn.models._regions_sweep import RegionSweep
-
         return RegionSweep(self, recording, observations)
 
     def _layout_of(self, parameters: MultiRegionParameters) -> NetworkLayout:

@@ -1,0 +1,127 @@
+"""The rows of the dynamics of coupled regions given a path: one conjugate regression for every region."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pyrodyn.conditionals.regression import SourceSets
+from pyrodyn.distributions.network import log_stability
+from pyrodyn.models._regions import INNOVATION_SD, SLOW
+
+if TYPE_CHECKING:
+    from pyrodyn.models._regions_sweep import RegionSweep, State
+
+
+def place_regressors(sweep: RegionSweep) -> None:
+    """The regressors of the latents: state, shared innovations, time-locked input, inputs."""
+    layout, model = sweep.layout, sweep.model
+    size, regional = layout.size, layout.regional
+    sweep.shared = slice(size, size + model.shared_innovations)
+    bumps = sweep.bumps[0] * sweep.bumps[1] if sweep.bumps else 0
+    sweep.locked = slice(sweep.shared.stop, sweep.shared.stop + bumps)
+    sweep.driven = slice(sweep.locked.stop, sweep.locked.stop + sweep.recording.num_inputs)
+    fixed = []
+    if bumps:
+        fixed.append(model.design(sweep.recording)[:, 1:])
+    if sweep.recording.num_inputs and sweep.recording.inputs is not None:
+        fixed.append(sweep.recording.inputs[:, 1:])
+    sweep.fixed = torch.cat(fixed, -1) if fixed else None
+    extra = torch.arange(regional, sweep.driven.stop)
+    matrix_sd, matrix_mean = layout.matrix(sweep.prior.sd_entry), layout.matrix(sweep.prior.mean_entry)
+    sweep.targets = []
+    for r, place in enumerate(layout.places):
+        own = torch.arange(place.start, place.stop)
+        which = [i for i, (target, _) in enumerate(layout.edges) if target == r]
+        columns = [torch.arange(size)[layout.places[layout.edges[i][1]]] for i in which]
+        always = torch.cat([own, extra])
+        sets = SourceSets(columns, always, sweep.prior.probability[which])
+        mean = torch.zeros(sweep.driven.stop, len(own), dtype=torch.float64)
+        mean[:size] = matrix_mean[place].mT
+        sd = torch.ones(sweep.driven.stop, dtype=torch.float64)
+        sd[:size] = matrix_sd[place.start]  # the same in every row of a block
+        sd[sweep.shared] = INNOVATION_SD
+        if sweep.recording.num_inputs:
+            sd[sweep.driven] = 1.0 / sweep.recording.input_scale
+        sweep.targets.append((place, sets, mean, sd, which))
+
+
+def draw_rows(sweep: RegionSweep, state: State) -> None:
+    layout, path = sweep.layout, state["path"]
+    chains, regional = len(path), layout.regional
+    before, after = path[:, :, :-1], path[:, :, 1:]
+    if path.shape[2] == 1:
+        return
+    coefficients = _coefficients(sweep, state)
+    fixed = None if sweep.fixed is None else sweep.fixed.expand(chains, *sweep.fixed.shape)
+    rest = after[..., :regional] - before @ coefficients[:, None, : layout.size]
+    if fixed is not None:
+        rest = rest - fixed @ coefficients[:, None, sweep.locked.start :]
+    parts = [before]
+    if sweep.model.shared_innovations:
+        shared = coefficients[:, sweep.shared]  # (chain, shared, regional)
+        eye = torch.eye(shared.shape[1], dtype=torch.float64)
+        root = torch.linalg.cholesky(eye + shared @ shared.mT)
+        mean = torch.cholesky_solve((rest @ shared.mT.unsqueeze(1)).flatten(1, 2).mT, root).mT
+        noise = torch.linalg.solve_triangular(root.mT, torch.randn_like(mean).mT, upper=True).mT
+        parts.append((mean + noise).unflatten(1, before.shape[1:3]))
+    if fixed is not None:
+        parts.append(fixed)
+    design = torch.cat(parts, -1).flatten(1, 2)
+    target = after[..., :regional].flatten(1, 2)
+    gram, cross = design.mT @ design, design.mT @ target
+    new, presence = torch.zeros_like(coefficients), layout.presence(state["dynamics"])
+    for r, (place, sets, mean, sd, which) in enumerate(sweep.targets):
+        precision = sd.reciprocal().square().expand(chains, -1).clone()
+        if sweep.bumps:
+            precision[:, sweep.locked] = state["bump_variance"][:, r, None].reciprocal()
+        present = presence[:, r][:, [layout.edges[i][1] for i in which]]
+        new[..., place], _ = sets.draw(gram, cross[..., place], mean, precision, present)
+    dynamics = state["dynamics"].clone()
+    dynamics[:, :regional] = new[:, : layout.size].mT
+    for i in range(regional, regional + layout.num_globals):
+        dynamics[:, i, i] = _persistence(sweep, path[..., i])
+    change = log_stability(dynamics, layout) - log_stability(state["dynamics"], layout)
+    accepted = torch.rand(chains, dtype=torch.float64).log() < change
+    state["stable"] = accepted.double()
+    kept = accepted[:, None, None]
+    state["dynamics"] = torch.where(kept, dynamics, state["dynamics"])
+    _spread(sweep, state, torch.where(kept, new, coefficients))
+    state["residual"] = target - design @ torch.where(kept, new, coefficients)
+
+
+def _coefficients(sweep: RegionSweep, state: State) -> Tensor:
+    """Everything that enters the regional latents, (chain, regressor, regional latent)."""
+    regional = sweep.layout.regional
+    parts = [state["dynamics"][:, :regional].mT]
+    if "innovation_loading" in state:
+        parts.append(state["innovation_loading"][:, :regional].mT)
+    if sweep.bumps:
+        parts.append(state["time_locked"].mT)
+    if "input_gain" in state:
+        parts.append(state["input_gain"].mT)
+    return torch.cat(parts, 1)
+
+
+def _spread(sweep: RegionSweep, state: State, coefficients: Tensor) -> None:
+    """The inverse of `_coefficients`, but for the dynamics."""
+    if "innovation_loading" in state:
+        wide = torch.zeros_like(state["innovation_loading"])
+        wide[:, : sweep.layout.regional] = coefficients[:, sweep.shared].mT
+        state["innovation_loading"] = wide
+    if sweep.bumps:
+        state["time_locked"] = coefficients[:, sweep.locked].mT
+    if "input_gain" in state:
+        state["input_gain"] = coefficients[:, sweep.driven].mT
+
+
+def _persistence(sweep: RegionSweep, path: Tensor) -> Tensor:
+    """Persistence of a global latent given its path (chain, trial, time)."""
+    before, after = path[..., :-1], path[..., 1:]
+    entry = sweep.prior.mean_entry == SLOW
+    mean, weight = sweep.prior.mean_entry[entry][0], sweep.prior.sd_entry[entry][0].reciprocal().square()
+    precision = before.square().sum((-2, -1)) + weight
+    centre = ((before * after).sum((-2, -1)) + weight * mean) / precision
+    return centre + torch.randn_like(centre) / precision.sqrt()

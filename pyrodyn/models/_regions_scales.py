@@ -1,0 +1,162 @@
+"""Scales and variances of coupled regions, and what every unit makes of its region's latents."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pyrodyn.conditionals.units import draw_coefficients, draw_noise
+from pyrodyn.models._regions import BUMPS, INITIAL, INNOVATION_SD, SIGNAL
+
+if TYPE_CHECKING:
+    from pyrodyn.models._regions_sweep import RegionSweep, State
+
+
+RESCALE = 2.0  # of the conditional sd of the logarithm of a region's scale: the width of its proposal
+
+
+def rescale(sweep: RegionSweep, state: State) -> None:
+    """Stretch the latents of a region, or a global one, and all that enters and leaves them, by one factor.
+
+    The likelihood does not see it; without it path and loading would hold each other where they are. The measure is
+    that of Liu & Sabatti, Biometrika 87:353 (2000): Lebesgue's, with a Jacobian of one power for every number.
+    """
+    if state["path"].shape[2] == 1:
+        return
+    layout = sweep.layout
+    for r, place in enumerate(layout.places):
+        _stretch(sweep, state, place, r)
+    for i in range(layout.num_globals):
+        _stretch(sweep, state, slice(layout.regional + i, layout.regional + i + 1), layout.num_regions)
+
+
+def _stretch(sweep: RegionSweep, state: State, place: slice, index: int) -> None:
+    layout, regional = sweep.layout, sweep.layout.regional
+    path, dynamics = state["path"], state["dynamics"]
+    chains = len(path)
+    of_region = index < layout.num_regions
+    spread = state["initial_variance"][:, index]
+    if of_region:
+        residual = state["residual"][..., place].square().sum((1, 2))
+    else:
+        i = place.start
+        apart = path[:, :, 1:, i] - dynamics[:, None, None, i, i] * path[:, :, :-1, i]
+        residual = apart.square().sum((1, 2))
+    # Sums of squares over their prior variance of what grows (up) and of what shrinks (down), and their numbers.
+    up = residual + (path[:, :, 0, place].square().sum((1, 2)) / spread)
+    grown = path[0, ..., place].numel() * torch.ones(chains)
+    sd = layout.matrix(sweep.prior.sd_entry)
+    outside = torch.ones(layout.size, dtype=torch.bool)
+    outside[place] = False
+    into, out = dynamics[:, place][..., outside], dynamics[:, :regional][..., place]
+    if of_region:
+        present = into != 0.0
+        up = up + torch.where(present, into / sd[place][..., outside].clamp(min=1e-300), 0.0).square().sum((1, 2))
+        grown = grown + present.sum((1, 2))
+        if "innovation_loading" in state:
+            shared = state["innovation_loading"][:, place]
+            up, grown = up + shared.square().sum((1, 2)) / INNOVATION_SD**2, grown + shared[0].numel()
+        if sweep.bumps:
+            locked = state["time_locked"][:, place]
+            up = up + locked.square().sum((1, 2)) / state["bump_variance"][:, index]
+            grown = grown + locked[0].numel()
+        if "input_gain" in state:
+            gain = state["input_gain"][:, place] * sweep.recording.input_scale
+            up, grown = up + gain.square().sum((1, 2)), grown + gain[0].numel()
+    rows = outside[:regional]
+    leaving = out[:, rows]
+    there = leaving != 0.0
+    weight = sd[:regional][rows][:, place].clamp(min=1e-300)
+    down = torch.where(there, leaving / weight, 0.0).square().sum((1, 2))
+    shrunk = there.sum((1, 2)).double()
+    if of_region:
+        units = sweep.regions[index][2]
+        loading = state["loading"][:, units][..., place] / sweep.scale[units].unsqueeze(-1)
+        down = down + loading.square().sum((1, 2)) / state["signal_variance"][:, index]
+        shrunk = shrunk + loading[0].numel()
+    log_factor = RESCALE * (2.0 * (grown + shrunk)).rsqrt() * torch.randn(chains, dtype=torch.float64)
+    factor = log_factor.exp()
+    change = (
+        -0.5 * (factor.square() - 1.0) * up
+        - 0.5 * (factor.square().reciprocal() - 1.0) * down
+        + log_factor * (grown - shrunk)
+    )
+    accepted = torch.rand(chains, dtype=torch.float64).log() < change
+    factor = torch.where(accepted, factor, 1.0)[:, None, None]
+    state["path"] = path.clone()
+    state["path"][..., place] *= factor.unsqueeze(-1)
+    state["dynamics"] = dynamics.clone()
+    state["dynamics"][:, place] *= factor
+    state["dynamics"][..., place] /= factor
+    state["loading"] = state["loading"].clone()
+    state["loading"][..., place] /= factor
+    for name in ("innovation_loading", "time_locked", "input_gain"):
+        if name in state and of_region:
+            state[name] = state[name].clone()
+            state[name][:, place] *= factor
+    if of_region:
+        state["residual"] = state["residual"].clone()
+        state["residual"][..., place] *= factor
+
+
+def draw_variances(sweep: RegionSweep, state: State) -> None:
+    layout, first = sweep.layout, state["path"][:, :, 0]
+    for name, prior, blocks in (
+        ("initial_variance", INITIAL, [first[..., p] for p in layout.places]),
+        ("signal_variance", SIGNAL, _weights(sweep, state)),
+        ("bump_variance", BUMPS, [state["time_locked"][:, p] for p in layout.places] if sweep.bumps else []),
+    ):
+        if name == "initial_variance":
+            blocks = [*blocks, first[..., layout.regional : layout.regional + layout.num_globals]]
+        if not blocks:
+            continue
+        shape = torch.tensor([prior[0] + 0.5 * block[0].numel() for block in blocks], dtype=torch.float64)
+        rate = torch.stack([prior[1] + 0.5 * block.square().flatten(1).sum(1) for block in blocks], -1)
+        state[name] = rate / torch._standard_gamma(shape.expand_as(rate))
+
+
+def _weights(sweep: RegionSweep, state: State) -> list[Tensor]:
+    """Loadings of every region in units of the readout's scale."""
+    return [
+        state["loading"][:, units][..., place] / sweep.scale[units].unsqueeze(-1)
+        for (_, _, units), place in zip(sweep.regions, sweep.layout.places, strict=True)
+    ]
+
+
+def draw_units(sweep: RegionSweep, state: State, adapt: bool) -> None:
+    path = state["path"].flatten(1, 2)
+    law, mask = sweep.model.readout, sweep.recording.mask
+    seen = None if mask is None else mask.flatten(0, 1)
+    values = sweep.seen(state).flatten(1, 2)
+    loading, offset = state["loading"].clone(), state["offset"].clone()
+    rates = []
+    for (_, dim, units), place, r in zip(sweep.regions, sweep.layout.places, range(len(sweep.regions)), strict=True):
+        design = torch.cat([path[..., place], torch.ones_like(path[..., :1])], -1)
+        held = torch.cat([loading[:, units, place], offset[:, units, None]], -1)
+        mean = torch.zeros(1, len(units), dim + 1, dtype=torch.float64)
+        mean[..., -1] = sweep.offset_prior.mean[units]
+        size = state["signal_variance"][:, r, None, None] * sweep.scale[units].square().unsqueeze(-1)
+        precision = torch.cat(
+            [
+                size.reciprocal().expand(-1, -1, dim),
+                sweep.offset_prior.variance[units].reciprocal().expand(len(path), -1).unsqueeze(-1),
+            ],
+            -1,
+        )
+        noise = state["noise"][:, None, units] if "noise" in state else None
+        held, rate = draw_coefficients(
+            law, noise, values[..., units], None if seen is None else seen[:, units], design, held, mean, precision
+        )
+        rates.append(rate)
+        loading[:, units, place], offset[:, units] = held[..., :-1], held[..., -1]
+    state["loading"], state["offset"] = loading, offset
+    state["unit_acceptance"] = torch.cat(rates, -1)
+    if "noise" in state:
+        predictor = path @ loading.mT + offset.unsqueeze(1)
+        state["noise"], rate = draw_noise(
+            law, sweep.noise_prior, state["noise"], values, seen, predictor, state["noise_step"]
+        )
+        if adapt:
+            state["noise_step"] = state["noise_step"] * (0.3 * (rate - 0.44)).exp()
