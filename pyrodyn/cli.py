@@ -1,4 +1,4 @@
-"""The command line: `pyrodyn models`, `fit`, `predict`, `demo`.
+"""The command line: `pyrodyn models`, `fit`, `predict`, `graph`, `demo`.
 
 Whatever fails ends in one line on stderr and a non-zero exit code: 2 for a command that was typed wrongly, 1 for all
 else. `pyrodyn --debug ...` shows the traceback instead. What takes long to import is imported inside the commands.
@@ -30,7 +30,13 @@ class ReadoutName(StrEnum):
     BERNOULLI = "bernoulli"
 
 
+class ModelName(StrEnum):
+    LDS = "lds"
+    REGIONS = "regions"
+
+
 class EngineName(StrEnum):
+    GIBBS = "gibbs"
     SVI = "svi"
     LAPLACE = "laplace"
     HMC = "hmc"
@@ -104,13 +110,18 @@ def list_models() -> None:
 @app.command()
 def fit(
     file: RecordingFile,
-    latent_dim: Annotated[int, typer.Option(help="Number of latents.")] = 3,
+    model: Annotated[ModelName, typer.Option(help="One population, or regions that may drive each other.")] = (
+        ModelName.LDS
+    ),
+    latent_dim: Annotated[int, typer.Option(help="Number of latents, of each region where there are several.")] = 3,
     readout: Annotated[ReadoutName | None, typer.Option(help="Poisson for counts, Gaussian otherwise.")] = None,
-    engine: Annotated[EngineName, typer.Option(help="How the posterior is found.")] = EngineName.SVI,
+    engine: Annotated[EngineName, typer.Option(help="How the posterior is found; gibbs is for regions.")] = (
+        EngineName.SVI
+    ),
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of svi.")] = None,
-    draws: Annotated[int | None, typer.Option(min=1, help="Draws, for hmc and nuts in each chain.")] = None,
-    warmup: Annotated[int | None, typer.Option(min=1, help="Warm-up draws of each chain of hmc and nuts.")] = None,
-    chains: Annotated[int | None, typer.Option(min=1, help="Chains of hmc and nuts.")] = None,
+    draws: Annotated[int | None, typer.Option(min=1, help="Draws, for gibbs, hmc and nuts in each chain.")] = None,
+    warmup: Annotated[int | None, typer.Option(min=1, help="Warm-up of each chain of gibbs, hmc and nuts.")] = None,
+    chains: Annotated[int | None, typer.Option(min=1, help="Chains of gibbs, hmc and nuts.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     output: Annotated[Path, typer.Option(help="The posterior, a netCDF file.")] = Path("fit.nc"),
     checkpoint: Annotated[Path | None, typer.Option(help="File from which a killed run resumes.")] = None,
@@ -120,7 +131,7 @@ def fit(
     align_to: AlignTo = None,
     window: Window = None,
 ) -> None:
-    """Fit a linear dynamical system to a recording."""
+    """Fit a linear dynamical system, or coupled ones of several regions, to a recording."""
     import pyrodyn as dyn
 
     for path in (output, checkpoint):
@@ -128,9 +139,10 @@ def fit(
     given = {"steps": steps, "draws": draws, "warmup": warmup, "chains": chains}
     chosen = _engine(engine, {name: value for name, value in given.items() if value is not None})
     recording = _read(file, bin_width=bin_width, trials=trials, align_to=align_to, window=window)
-    model = dyn.models.LDS(latent_dim=latent_dim, readout=_readout(readout, recording))
-    typer.echo(f"{recording!r}\n{model}\n{chosen}")
-    posterior = dyn.fit(model, recording, chosen, seed=seed, checkpoint=checkpoint)
+    kind = {ModelName.LDS: dyn.models.LDS, ModelName.REGIONS: dyn.models.MultiRegionLDS}[model]
+    program = kind(latent_dim=latent_dim, readout=_readout(readout, recording))
+    typer.echo(f"{recording!r}\n{program}\n{chosen}")
+    posterior = dyn.fit(program, recording, chosen, seed=seed, checkpoint=checkpoint)
     dyn.save(posterior, output)
     typer.echo(f"{output}: {posterior.attrs['wall_time_seconds']:.1f} s, diagnostics {posterior.attrs['diagnostics']}")
     if figures is not None:
@@ -161,6 +173,31 @@ def predict(
     dyn.save(xr.DataTree(found), output)
     sizes = ", ".join(f"{found.sizes[dim]} {dim}s" for dim in ("trial", "time", "unit"))
     typer.echo(f"{output}: {', '.join(map(str, found.data_vars))} of {sizes}".replace("times", "bins"))
+
+
+@app.command()
+def graph(
+    fitted: Annotated[Path, typer.Argument(metavar="FIT", help="A posterior of `pyrodyn fit --model regions`.")],
+    hdi_prob: Annotated[float, typer.Option(help="Probability of the intervals.")] = 0.9,
+    graphml: Annotated[Path | None, typer.Option(help="The graph, a GraphML file.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="A picture of the graph.")] = None,
+) -> None:
+    """Which region drives which: every edge with its strength, interval, and probability of being there."""
+    import pyrodyn as dyn
+    from pyrodyn import plots
+    from pyrodyn.coupling import edge_table
+
+    for path in (graphml, figure):
+        _check_folder(path)
+    found = dyn.coupling_graph(dyn.load(fitted))
+    table = edge_table(found, hdi_prob).to_dataframe().reset_index().query("target != source")
+    typer.echo(table.to_string(index=False, float_format="{:.3g}".format))
+    if graphml is not None:
+        dyn.write_graphml(found, graphml, hdi_prob=hdi_prob)
+        typer.echo(str(graphml))
+    if figure is not None:
+        plots.plot_coupling_graph(found).savefig(figure)
+        typer.echo(str(figure))
 
 
 @app.command()
@@ -211,6 +248,7 @@ def _engine(name: EngineName, options: dict[str, int]) -> Any:
     from pyrodyn import inference
 
     kind = {
+        EngineName.GIBBS: inference.Gibbs,
         EngineName.SVI: inference.SVI,
         EngineName.LAPLACE: inference.Laplace,
         EngineName.HMC: inference.HMC,

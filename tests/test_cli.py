@@ -7,6 +7,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import networkx as nx
 import numpy as np
 import pytest
 import torch
@@ -51,6 +52,20 @@ def folder(tmp_path: Path, counts: np.ndarray) -> Path:
     dyn.Recording.from_arrays(counts, bin_width=0.1).to_xarray().to_netcdf(tmp_path / "counts.nc")
     xr.Dataset({"rates": ("time", [1.0])}).to_netcdf(tmp_path / "other.nc", engine="h5netcdf")
     return tmp_path
+
+
+def test_a_graph_of_regions(folder: Path) -> None:
+    fit = ["--model", "regions", "--latent-dim", "1", "--engine", "gibbs", "--draws", "4", "--warmup", "3"]
+    done = run("fit", folder / "counts.npz", "--bin-width", "0.1", *fit, "--chains", "2", "--output", folder / "r.nc")
+    assert done.exit_code == 0, done.stderr
+    shown = run("graph", folder / "r.nc", "--graphml", folder / "g.graphml", "--figure", folder / "g.png")
+    assert shown.exit_code == 0, shown.stderr
+    assert "p_present" in shown.stdout and "V2" in shown.stdout
+    assert set(nx.read_graphml(folder / "g.graphml").nodes) == {"V1", "V2"} and (folder / "g.png").stat().st_size > 1000
+    assert run("fit", folder / "counts.npz", "--bin-width", "0.1", *fit, "--steps", "3").exit_code == 2
+    plain = folder / "lds.nc"
+    assert run("fit", folder / "counts.npz", "--bin-width", "0.1", *QUICK, "--output", plain).exit_code == 0
+    assert "MultiRegionLDS" in one_line(run("graph", plain))
 
 
 def test_models_lists_the_zoo() -> None:
@@ -145,7 +160,11 @@ def test_nwb_options_reach_the_reader(folder: Path, counts: np.ndarray, monkeypa
         ("fit missing.npz --bin-width 0.1", 1, "missing.npz: there is no such file"),
         ("fit real.npy --bin-width 0.1 --readout poisson", 1, "Poisson takes non-negative whole counts"),
         ("fit counts.nc --latent-dim 9", 1, "latent_dim is 9 but the recording has 3 units"),
-        ("fit counts.npz --bin-width 0.1 --engine foo", 2, "'foo' is not one of 'svi', 'laplace', 'hmc', 'nuts'"),
+        (
+            "fit counts.npz --bin-width 0.1 --engine foo",
+            2,
+            "'foo' is not one of 'gibbs', 'svi', 'laplace', 'hmc', 'nuts'",
+        ),
         ("fit counts.npz --bin-width 0.1 --readout foo", 2, "'foo' is not one of 'poisson'"),
         ("fit counts.npz --bin-width 0.1 --warmup 3", 2, "--engine svi takes no --warmup"),
         ("fit counts.npz --bin-width 0.1 --steps 0", 2, "--steps"),
