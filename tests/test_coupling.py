@@ -408,7 +408,7 @@ def test_errors_name_what_the_posterior_lacks(posterior: xr.DataTree, damage, me
         ({"frequencies": [30.0]}, "frequencies: got .30.0.; expected numbers in Hz from 0 to 25"),
         ({"frequencies": []}, "frequencies: got"),
         ({"edge_prior_sd": -1.0, "edge_prior_probability": 0.5}, "edge_prior_sd.*got -1.0 and 0.5"),
-        ({"edge_prior_sd": 1.0, "edge_prior_probability": 1.0}, "strictly between 0 and 1"),
+        ({"edge_prior_sd": 1.0, "edge_prior_probability": 0.0}, "above 0 and at most 1"),
     ],
 )
 def test_errors_name_the_option(posterior: xr.DataTree, options, message: str) -> None:
