@@ -58,6 +58,8 @@ def test_recordings_that_cannot_be_fitted_are_refused():
         model.check(recording(region=("A",) * 6))
     with pytest.raises(ModelError, match="a name this model uses itself"):
         model.check(recording(region=("global",) * 3 + ("B",) * 3))
+    with pytest.raises(ModelError, match="one bin holds no dynamics"):
+        model.check(recording(np.ones((4, 1, 6))))
     silent = np.ones((3, 20, 6))
     silent[..., 3:] = 0
     with warnings.catch_warnings():
@@ -120,8 +122,8 @@ def test_ranks_of_truths_are_uniform(readout):
     model = models.MultiRegionLDS(1, readout=readout, time_bumps=0, trial_level=False)
     counts = not readout.is_gaussian
     like = recording(np.ones((2, 25, 6)), counts=counts, center=np.zeros(6), scale=np.ones(6)).blank()
-    engine = inference.Gibbs(draws=40, warmup=40, thin=2, chains=2)
-    found = dyn.calibrate(model, like, engine, replicates=40, seed=2)
+    engine = inference.Gibbs(draws=50, warmup=50, thin=2, chains=2)
+    found = dyn.calibrate(model, like, engine, replicates=60, seed=3)
     assert not bool(found["flagged"].any()), found["quantity"].values[found["flagged"].values]
     names = found["quantity"].values.astype(str)
     edges = found.isel(quantity=[i for i, name in enumerate(names) if name in ("presence[1]", "presence[2]")])
@@ -148,6 +150,12 @@ def test_gibbs_draws_stand_for_the_program():
     drift = model.drift(parameters, system.recording) @ parameters.loading.mT
     whole = model.drift(sweep.parameters(state), system.recording) @ state["loading"].unsqueeze(1).mT
     torch.testing.assert_close(drift, whole)
+
+
+def test_every_chain_keeps_a_path_however_many_there_are():
+    seen = recording()
+    draws = inference.Gibbs(draws=2, warmup=0, chains=120).run(models.MultiRegionLDS(1), seen, seed=0)
+    assert draws.path is not None and draws.path.shape[:2] == (120, 1)
 
 
 # ------------------------------------------------------------------------------------------ graphs

@@ -134,7 +134,7 @@ for global_dim in (1, 0):
 figure, axes = plt.subplots(figsize=(5, 2.4), layout="constrained")
 for row, values in enumerate(found.values()):
     axes.plot(values, np.full(len(values), row), "o", alpha=0.6)
-axes.set(
+_ = axes.set(
     yticks=[0, 1], yticklabels=["shared terms", "none"], ylim=(-0.5, 1.5), xlim=(-0.05, 1.05),
     xlabel="P(present) of edges that do not exist",
 )  # fmt: skip

@@ -147,7 +147,7 @@ class Run:
 
     def __init__(self, options: Gibbs, sweep: Sweep, state: dict[str, Tensor], paths: int = PATHS) -> None:
         self.options, self.sweep, self.state = options, sweep, state
-        self.every = max(1, options.draws * options.chains // paths) if paths else 0
+        self.every = min(options.draws, max(1, options.draws * options.chains // paths)) if paths else 0
         self.count = 0
         self.kept: dict[str, list[Tensor]] = {}
         self.paths: list[Tensor] = []
@@ -162,7 +162,7 @@ class Run:
             self._restore(held)
         with progress(total, "Gibbs", self.count) as bar:
             while self.count < total:
-                self.state = self.sweep.sweep(self.state, min(1.0, self.count / max(1, warmup)))
+                self.state = self.sweep.sweep(self.state, self.count / warmup if self.count < warmup else 1.0)
                 self.count += 1
                 self._check()
                 if self.count > warmup and (self.count - warmup) % thin == 0:

@@ -141,6 +141,11 @@ def check(model: MultiRegionLDS, recording: Recording) -> None:
     unknown = {n for edge in model.edges or () for n in edge[:2]} - set(present)
     if unknown:
         raise ModelError(f"edges names {sorted(unknown)}, which are no regions of the recording: {present}")
+    if recording.num_bins < 2:
+        raise ModelError(
+            "the recording has one bin, and one bin holds no dynamics; use smaller bins, or join bins that follow each "
+            "other into trials"
+        )
     if not recording.regular:
         raise ModelError(
             "MultiRegionLDS steps from bin to bin and needs equally spaced bins, but the recording's time axis is "

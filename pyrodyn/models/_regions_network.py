@@ -13,6 +13,7 @@ from pyrodyn.conditioning import gaussian_potential
 from pyrodyn.readouts import AffineReadout
 
 if TYPE_CHECKING:
+    from pyrodyn.distributions import NetworkLayout
     from pyrodyn.models._regions import MultiRegionParameters
     from pyrodyn.models._regions_sweep import RegionSweep, State
 
@@ -88,6 +89,8 @@ def move_network(sweep: RegionSweep, state: State, adapt: bool) -> None:
         behind = sweep.proposal.log_density(block, there.vector, there.slope, information, here.vector, ahead)
         change = there.value + behind - here.value - ahead.log_density
         acceptance = torch.nan_to_num(change, -torch.inf).clamp(max=0.0).exp()
+        # Signs of common latents are held to one half of the space, on which the step stays reversible.
+        acceptance = torch.where((_signs(sweep, state, there) == _signs(sweep, state, here)).all(-1), acceptance, 0.0)
         accepted = torch.rand_like(acceptance) < acceptance
         here = there.where(accepted, here)
         rates.append(acceptance)
@@ -127,3 +130,14 @@ def _scored(
         value = value + rest.sum(-1)
     bad = ~(torch.isfinite(value) & torch.isfinite(slope).all(-1))
     return Scored(vector, torch.where(bad, -torch.inf, value), torch.where(bad.unsqueeze(-1), 0.0, slope), path, noise)
+
+
+def _signs(sweep: RegionSweep, state: State, scored: Scored) -> Tensor:
+    """On which side of the aim every common latent enters the regions, (chain, common)."""
+    return common_signs(sweep.layout.matrix(scored.vector), state["aim_common"], sweep.layout)
+
+
+def common_signs(dynamics: Tensor, aim: Tensor, layout: NetworkLayout) -> Tensor:
+    """Signs of the products of what enters the regions from common latents with an aim, (chain, common)."""
+    here, there = (part[:, : layout.regional, layout.common] for part in (dynamics, aim))
+    return (here * there.repeat_interleave(len(here) // len(there), 0)).sum(1).sign()

@@ -16,7 +16,7 @@ from pyrodyn.distributions import GaussMarkov
 from pyrodyn.distributions.loading import gauge_fix
 from pyrodyn.distributions.network import LEVEL_PERSISTENCE
 from pyrodyn.models._regions import MultiRegionParameters
-from pyrodyn.models._regions_network import learn, move_network, scatter
+from pyrodyn.models._regions_network import common_signs, learn, move_network, scatter
 from pyrodyn.models._regions_rows import draw_rows, place_regressors
 from pyrodyn.models._regions_scales import draw_units, draw_variances, rescale
 from pyrodyn.program import globals_given
@@ -237,9 +237,7 @@ class RegionSweep:
             left, _, right = torch.linalg.svd(state["loading"][:, units, place].mT @ aim[:, units, place])
             turn[:, place, place] = left @ right
         self._turn(state, turn)
-        common = layout.common
-        here, there = state["dynamics"][:, : layout.regional, common], state["aim_common"][:, : layout.regional, common]
-        sign = (here * there.repeat_interleave(chains, 0)).sum(1).sign()
+        sign = common_signs(state["dynamics"], state["aim_common"], layout)
         turn = torch.eye(layout.size, dtype=torch.float64).repeat(len(aim), 1, 1)
         turn[:, torch.arange(layout.regional, layout.size), torch.arange(layout.regional, layout.size)] = torch.where(
             sign == 0.0, 1.0, sign
