@@ -122,8 +122,8 @@ def test_ranks_of_truths_are_uniform(readout):
     model = models.MultiRegionLDS(1, readout=readout, time_bumps=0, trial_level=False)
     counts = not readout.is_gaussian
     like = recording(np.ones((2, 25, 6)), counts=counts, center=np.zeros(6), scale=np.ones(6)).blank()
-    engine = inference.Gibbs(draws=50, warmup=50, thin=2, chains=2)
-    found = dyn.calibrate(model, like, engine, replicates=60, seed=3)
+    engine = inference.Gibbs(draws=50, warmup=50, thin=3, chains=2)
+    found = dyn.calibrate(model, like, engine, replicates=60, seed=4)
     assert not bool(found["flagged"].any()), found["quantity"].values[found["flagged"].values]
     names = found["quantity"].values.astype(str)
     edges = found.isel(quantity=[i for i, name in enumerate(names) if name in ("presence[1]", "presence[2]")])

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pyrodyn.models._regions_sweep import RegionSweep, State
 
 
+NOISE_STEPS = 4  # of the random walk of a unit's noise in a sweep: it mixes slower than all else
 RESCALE = 2.0  # of the conditional sd of the logarithm of a region's scale: the width of its proposal
 
 
@@ -155,8 +156,9 @@ def draw_units(sweep: RegionSweep, state: State, adapt: bool) -> None:
     state["unit_acceptance"] = torch.cat(rates, -1)
     if "noise" in state:
         predictor = path @ loading.mT + offset.unsqueeze(1)
-        state["noise"], rate = draw_noise(
-            law, sweep.noise_prior, state["noise"], values, seen, predictor, state["noise_step"]
-        )
-        if adapt:
-            state["noise_step"] = state["noise_step"] * (0.3 * (rate - 0.44)).exp()
+        for _ in range(NOISE_STEPS):
+            state["noise"], rate = draw_noise(
+                law, sweep.noise_prior, state["noise"], values, seen, predictor, state["noise_step"]
+            )
+            if adapt:
+                state["noise_step"] = state["noise_step"] * (0.3 * (rate - 0.44)).exp()
