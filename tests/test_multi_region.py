@@ -13,6 +13,7 @@ import pyrodyn as dyn
 from pyrodyn import inference, models, readouts
 from pyrodyn.errors import ModelError
 from pyrodyn.inference.engine import double_precision, random_stream
+from pyrodyn.models._regions_rows import _persistence
 from pyrodyn.program import globals_given
 from pyrodyn.systems import coupled_regions
 
@@ -150,6 +151,17 @@ def test_gibbs_draws_stand_for_the_program():
     drift = model.drift(parameters, system.recording) @ parameters.loading.mT
     whole = model.drift(sweep.parameters(state), system.recording) @ state["loading"].unsqueeze(1).mT
     torch.testing.assert_close(drift, whole)
+
+
+def test_a_persistence_like_that_of_the_global_latent_is_not_taken_for_it():
+    """The global latent's own prior, however the regions' is set."""
+    seen = recording()
+    for persistence in (0.7, 0.95):
+        sweep = models.MultiRegionLDS(1, persistence=persistence).conditionals(seen)
+        still = torch.zeros(4000, 3, 20, dtype=torch.float64)  # says nothing of the persistence
+        with random_stream(1), double_precision():
+            drawn = _persistence(sweep, still)
+        assert abs(float(drawn.mean()) - 0.95) < 0.005 and abs(float(drawn.std()) - 0.05) < 0.005
 
 
 def test_every_chain_keeps_a_path_however_many_there_are():

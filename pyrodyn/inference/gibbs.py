@@ -94,7 +94,7 @@ class Gibbs:
         notes: dict[str, Any] = {
             "atoms": "sampled",
             "sweeps_per_chain": self.warmup + self.thin * self.draws,
-        } | run.rates()
+        }
         return Draws(samples, "sampled", path=path, notes=notes | run.rates())
 
     def replicate(self, density: LogDensity, start: Tensor) -> Tensor:

@@ -237,7 +237,7 @@ def initial_values(model: MultiRegionLDS, recording: Recording) -> dict[str, Ten
     prior = model.network_prior(recording)
     generator = torch.Generator().manual_seed(0)
     small = 0.05 * prior.sd_entry * torch.randn(len(prior.sd_entry), generator=generator, dtype=torch.float64)
-    dynamics = layout.matrix(torch.where(prior.mean_entry == SLOW, SLOW, small))
+    dynamics = layout.matrix(torch.where(layout.slow, SLOW, small))
     values: dict[str, Tensor] = {}
     signal = []
     for start, place, (name, _, units) in zip(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyrodyn.conditionals.regression import SourceSets
 from pyrodyn.distributions.network import log_stability
-from pyrodyn.models._regions import INNOVATION_SD, SLOW
+from pyrodyn.models._regions import INNOVATION_SD
 
 if TYPE_CHECKING:
     from pyrodyn.models._regions_sweep import RegionSweep, State
@@ -49,11 +49,10 @@ def place_regressors(sweep: RegionSweep) -> None:
 
 
 def draw_rows(sweep: RegionSweep, state: State) -> None:
+    """Rows of every region with their sources, shared innovations, inputs, and the persistence of global latents."""
     layout, path = sweep.layout, state["path"]
     chains, regional = len(path), layout.regional
     before, after = path[:, :, :-1], path[:, :, 1:]
-    if path.shape[2] == 1:
-        return
     coefficients = _coefficients(sweep, state)
     fixed = None if sweep.fixed is None else sweep.fixed.expand(chains, *sweep.fixed.shape)
     rest = after[..., :regional] - before @ coefficients[:, None, : layout.size]
@@ -120,7 +119,7 @@ def _spread(sweep: RegionSweep, state: State, coefficients: Tensor) -> None:
 def _persistence(sweep: RegionSweep, path: Tensor) -> Tensor:
     """Persistence of a global latent given its path (chain, trial, time)."""
     before, after = path[..., :-1], path[..., 1:]
-    entry = sweep.prior.mean_entry == SLOW
+    entry = sweep.layout.slow
     mean, weight = sweep.prior.mean_entry[entry][0], sweep.prior.sd_entry[entry][0].reciprocal().square()
     precision = before.square().sum((-2, -1)) + weight
     centre = ((before * after).sum((-2, -1)) + weight * mean) / precision

@@ -24,8 +24,6 @@ def rescale(sweep: RegionSweep, state: State) -> None:
     The likelihood does not see it; without it path and loading would hold each other where they are. The measure is
     that of Liu & Sabatti, Biometrika 87:353 (2000): Lebesgue's, with a Jacobian of one power for every number.
     """
-    if state["path"].shape[2] == 1:
-        return
     layout = sweep.layout
     for r, place in enumerate(layout.places):
         _stretch(sweep, state, place, r)
