@@ -22,17 +22,20 @@ from pyrodyn.inference.collapse import Collapsed
 from pyrodyn.inference.engine import Engine, double_precision, random_stream
 from pyrodyn.posterior import (
     coordinates,
+    draw_local,
+    latent_coordinates,
     model_of,
+    over_draws,
     parameters_of,
-    path_coordinates,
     path_summary,
     to_datatree,
     trial_batches,
 )
-from pyrodyn.program import LatentModel, StateSpaceModel, globals_given, is_random, specification
+from pyrodyn.program import Labelled, LatentModel, StateSpaceModel, globals_given, is_random, specification
 from pyrodyn.recording import Recording
 
 INTERVAL = (0.05, 0.95)
+EXPECTED = ("expected", "expected_sd", "expected_lower", "expected_upper")
 
 
 def fit(
@@ -137,7 +140,7 @@ def simulate(
     -------
     recording : Recording
     truth : xarray.Dataset
-        The parameters, and ``path`` (trial, time, latent).
+        The parameters, and what is latent, such as ``path`` (trial, time, latent).
     """
     held = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in (values or {}).items()}
     with random_stream(seed), torch.no_grad(), double_precision():
@@ -150,13 +153,14 @@ def simulate(
         coords=coordinates(like, labelled, model),
     )
     values_of: dict[str, Any] = {name: site["value"] for name, site in trace.nodes.items() if is_random(site)}
-    if "latent" in values_of:
-        truth["path"] = xr.DataArray(
-            values_of["latent"].numpy(),
-            dims=("trial", "time", "latent"),
-            coords=path_coordinates(like, model, values_of["latent"].shape[-1]),
-        )
-    return like.with_observations(values_of["observations"]), truth
+    simulated = like.with_observations(values_of["observations"])
+    local = {name: value for name, value in values_of.items() if name not in sites and name != "observations"}
+    shown = {
+        name: (dims, value.numpy())
+        for name, (dims, value) in model.latents(globals_given(model, sites, like), local, simulated).items()
+    }
+    truth = truth.assign(shown).assign_coords(latent_coordinates(like, model, shown))
+    return simulated, truth
 
 
 def predict(
@@ -190,45 +194,49 @@ def predict(
     -------
     xarray.Dataset
         ``expected`` (trial, time, unit), the posterior mean of the expected observation, for counts in events a bin,
-        with ``expected_sd`` and the 90% interval ``expected_lower``, ``expected_upper``; ``path`` and ``path_sd``
-        (trial, time, latent).
+        with ``expected_sd`` and the 90% interval ``expected_lower``, ``expected_upper``; and what is latent, such as
+        ``path`` and ``path_sd`` (trial, time, latent) or ``mode_probability`` (trial, time, mode).
     """
     model = model_of(posterior) if model is None else model
-    if not isinstance(model, StateSpaceModel):
-        raise ModelError(f"predict needs a StateSpaceModel, got {type(model).__name__}")
     _same_units(posterior, recording)
     parameters = parameters_of(posterior, model, draws)
-    parts: dict[str, list[np.ndarray]] = {
-        name: [] for name in ("expected", "expected_sd", "expected_lower", "expected_upper")
-    }
-    laws = []
+    parts: dict[str, list[np.ndarray]] = {}
+    dims: dict[str, tuple[str, ...]] = dict.fromkeys(EXPECTED, ("trial", "time", "unit"))
     with random_stream(seed), torch.no_grad(), double_precision():
         for part in trial_batches(recording, draws):
-            law = collapse(model).path_posterior(parameters, part)
-            laws.append(law)
-            readout = model.readout_law(parameters, law.mean, part)
-            spread = torch.einsum("...tij,...ui,...uj->...tu", law.covariance, readout.loading, readout.loading)
-            parts["expected"].append(
-                readout.law.marginal_mean(readout.predictor, spread, readout.noise).mean(0).numpy()
-            )
-            drawn = readout.law.mean(readout.predict(law.sample()), readout.noise).numpy()
-            parts["expected_sd"].append(drawn.std(0))
-            lower, upper = np.quantile(drawn, INTERVAL, axis=0)
-            parts["expected_lower"].append(lower)
-            parts["expected_upper"].append(upper)
-    mean, sd = path_summary(laws)
-    dims = ("trial", "time", "unit")
-    found = xr.Dataset(
-        {name: (dims, np.concatenate(values)) for name, values in parts.items()}
-        | {"path": (("trial", "time", "latent"), mean.numpy()), "path_sd": (("trial", "time", "latent"), sd.numpy())},
-        coords={
-            "unit": recording.unit,
-            "region": ("unit", recording.region),
-        }
-        | path_coordinates(recording, model, mean.shape[-1]),
-    )
-    found["expected"].attrs["units"] = "events per bin" if recording.counts else "units of the recording"
-    return found
+            of_part = _of_path if isinstance(model, StateSpaceModel) else _of_trials
+            for name, (names, value) in of_part(model, parameters, part).items():
+                parts.setdefault(name, []).append(value.numpy())
+                dims[name] = names
+    found = {name: (dims[name], np.concatenate(values)) for name, values in parts.items()}
+    coords = {"unit": recording.unit, "region": ("unit", recording.region)}
+    dataset = xr.Dataset(found, coords=latent_coordinates(recording, model, found) | coords)
+    dataset["expected"].attrs["units"] = "events per bin" if recording.counts else "units of the recording"
+    return dataset
+
+
+def _of_path(model: Any, parameters: Any, part: Recording) -> Labelled:
+    """What `predict` returns of a Gauss-Markov path, means and variances in closed form."""
+    law = collapse(model).path_posterior(parameters, part)
+    readout = model.readout_law(parameters, law.mean, part)
+    spread = torch.einsum("...tij,...ui,...uj->...tu", law.covariance, readout.loading, readout.loading)
+    expected = readout.law.marginal_mean(readout.predictor, spread, readout.noise).mean(0)
+    drawn = readout.law.mean(readout.predict(law.sample()), readout.noise)
+    return _bands(expected, drawn) | path_summary(law)
+
+
+def _of_trials(model: LatentModel, parameters: Any, part: Recording) -> Labelled:
+    """What `predict` returns of draws of what is latent."""
+    local = draw_local(model, parameters, part)
+    drawn = model.expected(parameters, local, part)
+    return _bands(drawn.mean(0), drawn) | over_draws(model.latents(parameters, local, part), model, part)
+
+
+def _bands(expected: Tensor, drawn: Tensor) -> Labelled:
+    axes = ("trial", "time", "unit")
+    lower, upper = np.quantile(drawn.numpy(), INTERVAL, axis=0)
+    values = (expected, drawn.std(0, correction=0), torch.from_numpy(lower), torch.from_numpy(upper))
+    return {name: (axes, value) for name, value in zip(EXPECTED, values, strict=True)}
 
 
 def _same_units(posterior: xr.DataTree, recording: Recording) -> None:

@@ -21,13 +21,23 @@ from pyrodyn.errors import ModelError
 from pyrodyn.inference import LogDensity, collapse, collapses
 from pyrodyn.inference.collapse import Collapsed
 from pyrodyn.inference.engine import Draws, double_precision, random_stream
-from pyrodyn.program import Labelled, LatentModel, Program, globals_given, log_terms, specification
+from pyrodyn.program import (
+    IntegratedModel,
+    Labelled,
+    LatentModel,
+    Program,
+    StateSpaceModel,
+    globals_given,
+    log_terms,
+    specification,
+)
 from pyrodyn.recording import Recording
 
 PATH_DRAWS = 100  # draws of the globals over which a path's mean and sd are taken
 STORED_PATHS = 20  # of these, paths kept whole
 BATCH_NUMBERS = 4_000_000  # (draw, trial, time, unit) entries in one batched call: 32 MB a tensor
 SCORED_NUMBERS = 30_000_000  # observed entries in all draws of a path-sampling engine whose evidence is computed
+IN_LATENTS = {"path": "mean", "path_sd": "sd", "path_draws": "draws"}  # names in the group `latents`
 PATH_STREAM = 1_000_003  # a random stream that no chain uses
 
 
@@ -65,7 +75,7 @@ def to_datatree(
         if collapses(base, recording):
             estimator = "exact" if "exactly" in collapse(base).treatment else "Laplace"
             chosen = np.arange(lead[1])
-            if draws.path is not None and estimator == "Laplace":
+            if draws.local and estimator == "Laplace":
                 # The engine did not need it, and each takes a search for the path: as many as are worth waiting for.
                 cost = lead[0] * recording.num_trials * recording.num_bins * recording.num_units
                 chosen = thinned(lead[1], max(5, SCORED_NUMBERS // cost))
@@ -77,7 +87,7 @@ def to_datatree(
                 {"observations": (("chain", "draw", "trial"), of_trials.reshape(lead[0], len(chosen), -1).numpy())},
                 coords={"chain": np.arange(lead[0]), "draw": chosen, "trial": recording.trial},
             )
-        groups["latents"] = _latents(base, recording, flat, draws.path, seed)
+        groups["latents"] = _latents(base, recording, flat, draws, seed)
     history = {name: (("step",), value) for name, value in draws.history.items()}
     groups["sample_stats"] = xr.Dataset(
         {name: (("chain", "draw"), value) for name, value in stats.items()} | history, coords=_index(lead)
@@ -141,14 +151,35 @@ def trial_batches(recording: Recording, draws: int) -> Iterator[Recording]:
         yield recording.isel(trial=slice(start, start + size))
 
 
-def path_summary(laws: list[GaussMarkov]) -> tuple[Tensor, Tensor]:
-    """Mean and sd of a mixture of paths over draws, (trial, time, latent), trials joined from all batches."""
-    means, sds = [], []
-    for law in laws:
-        mean, variance = law.mean, law.variance
-        means.append(mean.mean(0))
-        sds.append((variance.mean(0) + mean.var(0, correction=0)).sqrt())
-    return torch.cat(means), torch.cat(sds)
+def path_summary(law: GaussMarkov) -> Labelled:
+    """Mean and sd of a mixture of paths over draws, in closed form."""
+    mean, variance = law.mean, law.variance
+    axes = ("trial", "time", "latent")
+    return {
+        "path": (axes, mean.mean(0)),
+        "path_sd": (axes, (variance.mean(0) + mean.var(0, correction=0)).sqrt()),
+    }
+
+
+def over_draws(latents: Labelled, model: LatentModel, recording: Recording) -> Labelled:
+    """Means and sds over the first axis of what `LatentModel.latents` gives; probabilities of whole numbers."""
+    found: Labelled = {}
+    for name, (dims, value) in latents.items():
+        if value.is_floating_point():
+            found |= {name: (dims, value.mean(0)), f"{name}_sd": (dims, value.std(0, correction=0))}
+            continue
+        dim = name.removesuffix("_path")
+        each = torch.arange(len(model.coordinates(recording)[dim]))
+        share = torch.stack([(value == k).double().mean(0) for k in each], -1)
+        found[f"{dim}_probability"] = (*dims, dim), share
+    return found
+
+
+def draw_local(model: LatentModel, parameters: Any, recording: Recording) -> dict[str, Tensor]:
+    """The sites of trials, each (draw, trial, *event), given observations and the parameters of every draw."""
+    if isinstance(model, IntegratedModel):
+        return model.draw_local(parameters, recording)
+    return {"latent": collapse(model).path_posterior(parameters, recording).sample()}
 
 
 def coordinates(recording: Recording, labelled: Labelled, model: LatentModel) -> dict[str, Any]:
@@ -169,11 +200,12 @@ def coordinates(recording: Recording, labelled: Labelled, model: LatentModel) ->
     return found | {n: c for n, c in known.items() if isinstance(c, tuple) and c[0] in used}
 
 
-def path_coordinates(recording: Recording, model: LatentModel, latents: int) -> dict[str, Any]:
-    """Coordinates of a path (trial, time, latent)."""
-    known = model.coordinates(recording)
-    of_latent = {n: c for n, c in known.items() if n == "latent" or (isinstance(c, tuple) and c[0] == "latent")}
-    return {"trial": recording.trial, "time": recording.time, "latent": np.arange(latents)} | of_latent
+def latent_coordinates(recording: Recording, model: LatentModel, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Coordinates of what is latent in trials, given as name -> (dims, values)."""
+    sizes = {dim: size for dims, values in variables.values() for dim, size in zip(dims, values.shape, strict=True)}
+    known = {"trial": recording.trial, "time": recording.time} | model.coordinates(recording)
+    of_dims = {n: c for n, c in known.items() if (c[0] if isinstance(c, tuple) else n) in sizes}
+    return {dim: np.arange(size) for dim, size in sizes.items() if dim != "path_draw"} | of_dims
 
 
 def _scores(model: LatentModel, recording: Recording, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -190,31 +222,49 @@ def _scores(model: LatentModel, recording: Recording, values: Mapping[str, Tenso
 
 
 def _latents(
-    model: LatentModel, recording: Recording, values: Mapping[str, Tensor], path: Tensor | None, seed: int
+    model: LatentModel, recording: Recording, values: Mapping[str, Tensor], draws: Draws, seed: int
 ) -> xr.Dataset:
-    """Mean, sd and some whole draws of the path."""
-    if path is not None:
-        paths = path.flatten(0, 1)
-        mean, sd = paths.mean(0), paths.std(0, correction=0)
-        kept = paths[thinned(len(paths), STORED_PATHS)]
+    """Mean, sd and some whole draws of what is latent in the trials."""
+    chains, number = next(iter(draws.samples.values())).shape[:2]
+    if draws.local:
+        positions = np.arange(number) if draws.kept is None else draws.kept
+        chosen = (np.arange(chains)[:, None] * number + positions).reshape(-1)
+        local = {name: value.flatten(0, 1) for name, value in draws.local.items()}
     elif collapses(model, recording):
-        chosen = thinned(len(next(iter(values.values()))), PATH_DRAWS)
-        parameters = globals_given(model, {name: value[chosen] for name, value in values.items()}, recording)
-        laws, stored = [], []
-        with random_stream(seed, PATH_STREAM):
-            for part in trial_batches(recording, len(chosen)):
-                law = collapse(model).path_posterior(parameters, part)
-                laws.append(law)
-                stored.append(law.sample()[thinned(len(chosen), STORED_PATHS)])
-        mean, sd = path_summary(laws)
-        kept = torch.cat(stored, 1)
+        chosen = thinned(chains * number, PATH_DRAWS)
+        local = None
     else:
         return xr.Dataset()
-    dims = ("trial", "time", "latent")
-    return xr.Dataset(
-        {"mean": (dims, mean.numpy()), "sd": (dims, sd.numpy()), "draws": (("path_draw", *dims), kept.numpy())},
-        coords=path_coordinates(recording, model, mean.shape[-1]),
-    )
+    parameters = globals_given(model, {name: value[chosen] for name, value in values.items()}, recording)
+    stored = torch.from_numpy(thinned(len(chosen), STORED_PATHS))
+    dims: dict[str, tuple[str, ...]] = {}
+    parts: dict[str, list[Tensor]] = {}
+    start = 0
+    with random_stream(seed, PATH_STREAM):
+        for part in trial_batches(recording, len(chosen)):
+            own = None if local is None else {n: v[:, start : start + part.num_trials] for n, v in local.items()}
+            shown, whole = _of_part(model, parameters, part, own)
+            shown |= {f"{name}_draws": (("path_draw", *names), v[stored]) for name, (names, v) in whole.items()}
+            for name, (names, value) in shown.items():
+                parts.setdefault(name, []).append(value)
+                dims[name] = names
+            start += part.num_trials
+    found = {
+        IN_LATENTS.get(name, name): (dims[name], torch.cat(batches, dims[name].index("trial")).numpy())
+        for name, batches in parts.items()
+    }
+    return xr.Dataset(found, coords=latent_coordinates(recording, model, found))
+
+
+def _of_part(
+    model: LatentModel, parameters: Any, part: Recording, local: dict[str, Tensor] | None
+) -> tuple[Labelled, Labelled]:
+    """Means and sds over draws, and the draws, of what is latent; drawn anew where ``local`` is None."""
+    if local is None and isinstance(model, StateSpaceModel):
+        law = collapse(model).path_posterior(parameters, part)
+        return path_summary(law), model.latents(parameters, {"latent": law.sample()}, part)
+    whole = model.latents(parameters, draw_local(model, parameters, part) if local is None else local, part)
+    return over_draws(whole, model, part), whole
 
 
 def _dataset(labelled: Labelled, lead: torch.Size, coords: Mapping[str, Any]) -> xr.Dataset:

@@ -21,6 +21,7 @@ from pyro import poutine
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from pyrodyn.errors import ModelError
 from pyrodyn.recording import Recording
 
 # Pyro passes these keys through; its own annotation of ``infer`` does not know them.
@@ -81,6 +82,20 @@ class LatentModel(ABC):
         del recording
         return {}
 
+    def latents(self, parameters: Any, local: Mapping[str, Tensor], recording: Recording) -> Labelled:
+        """What to show of ``local``, drawn values of the sites of trials, each (*draw, trial, *event).
+
+        Dims begin with trial and time, values are (*draw, trial, time, ...). A path of whole numbers is named for the
+        dim it runs over, such as ``mode_path`` for the dim ``mode``, and that dim has coordinates: over draws its mean
+        is then ``mode_probability`` (trial, time, mode).
+        """
+        del parameters, local, recording
+        return {}
+
+    def expected(self, parameters: Any, local: Mapping[str, Tensor], recording: Recording) -> Tensor:
+        """Expected observations given ``local``, (*draw, trial, time, unit)."""
+        raise ModelError(f"{type(self).__name__} does not say what observations it expects")
+
     @abstractmethod
     def forward(self, recording: Recording) -> Tensor:
         """The generative program."""
@@ -101,6 +116,14 @@ class StateSpaceModel(LatentModel):
     def readout_law(self, parameters: Any, path: Tensor, recording: Recording) -> TorchDistribution:
         """Law of the observations: event (time, unit), batch (*draw, trial)."""
 
+    def latents(self, parameters: Any, local: Mapping[str, Tensor], recording: Recording) -> Labelled:
+        del parameters, recording
+        return {"path": (("trial", "time", "latent"), local["latent"])}
+
+    def expected(self, parameters: Any, local: Mapping[str, Tensor], recording: Recording) -> Tensor:
+        law: Any = self.readout_law(parameters, local["latent"], recording)
+        return law.mean
+
     @final
     def forward(self, recording: Recording) -> Tensor:
         parameters = self.sample_globals(recording)
@@ -112,6 +135,33 @@ class StateSpaceModel(LatentModel):
                 obs=recording.observations,
                 infer=OBSERVATION_DIMS,
             )
+
+
+class IntegratedModel(LatentModel):
+    """Globals, and trials whose latents the model sums or integrates out by itself, as a hidden Markov model does."""
+
+    @property
+    @abstractmethod
+    def treatment(self) -> str:
+        """How `evidence` treats what is latent, in words, for the attributes of a posterior: "summed out exactly"."""
+
+    @abstractmethod
+    def evidence(self, parameters: Any, recording: Recording, observations: Tensor) -> Tensor:
+        """log p(observations | parameters) of every trial, (*draw, trial); differentiable in the parameters."""
+
+    @abstractmethod
+    def draw_local(self, parameters: Any, recording: Recording) -> dict[str, Tensor]:
+        """The sites of the trials, each (*draw, trial, *event), drawn given observations and parameters."""
+
+    @abstractmethod
+    def trials(self, parameters: Any, recording: Recording) -> Tensor:
+        """The part of the program inside the trial plate; returns the observations."""
+
+    @final
+    def forward(self, recording: Recording) -> Tensor:
+        parameters = self.sample_globals(recording)
+        with trial_plate(recording):
+            return self.trials(parameters, recording)
 
 
 def trial_plate(recording: Recording) -> pyro.plate:

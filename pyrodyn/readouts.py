@@ -80,6 +80,13 @@ class Readout(ABC):
         return self.log_prob(predictor, noise, value)
 
     @abstractmethod
+    def natural(self, predictor: Tensor, noise: Any) -> tuple[Tensor, Tensor]:
+        """Slope and constant with which `log_kernel` is ``value * slope - constant``, plus what no predictor enters.
+
+        So sums over units, for few predictors and many bins, are products of matrices.
+        """
+
+    @abstractmethod
     def score(self, predictor: Tensor, noise: Any, value: Tensor) -> Tensor:
         """First derivative of `log_prob` in the predictor."""
 
@@ -141,6 +148,10 @@ class Gaussian(Readout):
     def log_prob(self, predictor, noise, value):
         return -0.5 * ((value - predictor) / noise).square() - noise.log() - 0.5 * math.log(2.0 * math.pi)
 
+    def natural(self, predictor, noise):
+        slope = predictor / noise.square()
+        return slope, 0.5 * slope * predictor
+
     def score(self, predictor, noise, value):
         return (value - predictor) / noise.square()
 
@@ -198,6 +209,10 @@ class Poisson(_Counts):
         predictor = predictor.clamp(max=MAX_LOG_RATE)
         return value * predictor - predictor.exp()
 
+    def natural(self, predictor, noise):
+        predictor = predictor.clamp(max=MAX_LOG_RATE)
+        return predictor, predictor.exp()
+
     def score(self, predictor, noise, value):
         return value - self.mean(predictor, noise)
 
@@ -237,6 +252,11 @@ class NegativeBinomial(_Counts):
         predictor = predictor.clamp(max=MAX_LOG_RATE)
         return value * predictor - (value + noise) * torch.logaddexp(noise.log(), predictor)
 
+    def natural(self, predictor, noise):
+        predictor = predictor.clamp(max=MAX_LOG_RATE)
+        both = torch.logaddexp(noise.log(), predictor)
+        return predictor - both, noise * both
+
     def score(self, predictor, noise, value):
         return value - (value + noise) * torch.sigmoid(predictor - noise.log())
 
@@ -274,6 +294,9 @@ class Bernoulli(Readout):
 
     def log_prob(self, predictor, noise, value):
         return value * predictor - softplus(predictor)
+
+    def natural(self, predictor, noise):
+        return predictor, softplus(predictor)
 
     def score(self, predictor, noise, value):
         return value - torch.sigmoid(predictor)
@@ -379,6 +402,32 @@ class AffineReadout(TorchDistribution):
         path = self.path.expand(torch.Size(batch_shape) + self.path.shape[-2:])
         noise = None if self.noise is None else self.noise.squeeze(-2)
         return AffineReadout(self.law, path, self.loading, self.offset.squeeze(-2), noise, self.observed)
+
+
+def mode_log_likelihood(
+    law: Readout, predictor: Tensor, noise: Tensor | None, value: Tensor, observed: Tensor | None = None
+) -> Tensor:
+    """Log likelihood of every bin under each of a few predictors, summed over units, (*draw, trial, time, mode).
+
+    Parameters
+    ----------
+    law : Readout
+    predictor : Tensor, (*draw, 1, mode, unit)
+    noise : Tensor, (*draw, 1, unit), or None
+    value : Tensor, (*draw, trial, time, unit)
+    observed : Tensor of bool, (trial, time, unit), optional
+    """
+    own = None if noise is None else noise.unsqueeze(-2)
+    slope, constant = law.natural(predictor, own)
+    # What no predictor enters is told from one of them; of a middle one the least is lost to rounding.
+    middle = predictor.mean(-2, keepdim=True)
+    middle_slope, middle_constant = law.natural(middle, own)
+    if observed is not None:
+        value = torch.where(observed, value, 0.0)
+    rest = law.log_prob(middle, own, value) - (value * middle_slope - middle_constant)
+    seen = torch.ones_like(value[..., :1, :]) if observed is None else observed.to(value.dtype)
+    rest = (rest if observed is None else torch.where(observed, rest, 0.0)).sum(-1, keepdim=True)
+    return value @ slope.mT - seen @ constant.expand_as(slope).mT + rest
 
 
 _PER_UNIT: Any = {"event_dims": ("unit",)}

@@ -167,7 +167,7 @@ def test_a_persistence_like_that_of_the_global_latent_is_not_taken_for_it():
 def test_every_chain_keeps_a_path_however_many_there_are():
     seen = recording()
     draws = inference.Gibbs(draws=2, warmup=0, chains=120).run(models.MultiRegionLDS(1), seen, seed=0)
-    assert draws.path is not None and draws.path.shape[:2] == (120, 1)
+    assert draws.local["latent"].shape[:2] == (120, 1)
 
 
 # ------------------------------------------------------------------------------------------ graphs

@@ -102,8 +102,8 @@ def assert_same_bits(found: Draws, expected: Draws) -> None:
     assert found.samples.keys() == expected.samples.keys() and found.stats.keys() == expected.stats.keys()
     for name, value in [*found.samples.items(), *found.stats.items()]:
         assert torch.equal(value, {**expected.samples, **expected.stats}[name]), name
-    assert (found.path is None) == (expected.path is None)
-    assert found.path is None or torch.equal(found.path, expected.path)
+    assert found.local.keys() == expected.local.keys()
+    assert all(torch.equal(found.local[name], expected.local[name]) for name in expected.local)
     for name, trace in found.history.items():
         assert np.array_equal(trace, expected.history[name]), name
     assert found.notes == expected.notes and found.warnings == expected.warnings

@@ -21,7 +21,7 @@ from torch import Tensor
 import pyrodyn as dyn
 from pyrodyn import guides, inference, models, readouts
 from pyrodyn.inference.engine import Engine, double_precision, random_stream
-from pyrodyn.program import LatentModel, globals_given
+from pyrodyn.program import LatentModel, StateSpaceModel, globals_given
 from pyrodyn.recording import Recording
 
 
@@ -149,6 +149,25 @@ MODELS += (
     ),
 )
 
+PERMUTATION = "another numbering of the modes"
+
+MODELS += (
+    Row(
+        "HMM-Gaussian-missing",
+        models.HMM(3, readouts.Gaussian()),
+        lambda: blank(counts=False, missing=0.2),
+        PERMUTATION,
+    ),
+    Row("HMM-Poisson-ragged", models.HMM(2), lambda: blank(lengths=[9, 4, 1]), PERMUTATION),
+    Row(
+        "HMM-NegativeBinomial-one-trial",
+        models.HMM(2, readouts.NegativeBinomial()),
+        lambda: blank(trials=1, bins=12),
+        PERMUTATION,
+    ),
+    Row("HMM-Bernoulli", models.HMM(2, readouts.Bernoulli(), stickiness=0.0), lambda: blank(), PERMUTATION),
+)
+
 READOUTS: tuple[readouts.Readout, ...] = (
     readouts.Gaussian(),
     readouts.Poisson(),
@@ -174,8 +193,16 @@ GUIDES: tuple[guides.GuideFactory, ...] = (guides.FullRank(), guides.MeanField()
 
 
 def applies(engine: Engine, row: Row) -> bool:
-    """Whether an engine takes a model; `inference.Gibbs` takes those that declare their conditionals."""
-    return not isinstance(engine, inference.Gibbs) or hasattr(row.model, "conditionals")
+    """Whether an engine takes a model.
+
+    `inference.Gibbs` takes those that declare their conditionals, and an engine that samples paths those with a path.
+    """
+    if isinstance(engine, inference.Gibbs):
+        return hasattr(row.model, "conditionals")
+    samples_path = getattr(engine, "collapse", None) is False or isinstance(
+        getattr(engine, "guide", None), guides.Structured
+    )
+    return not samples_path or isinstance(row.model, StateSpaceModel)
 
 
 def row(name: str) -> Row:

@@ -14,6 +14,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -21,7 +22,7 @@ from pyrodyn.conditioning import path_evidence, path_given
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.errors import CollapseError
 from pyrodyn.linalg.matrix import broadcast_shapes
-from pyrodyn.program import OBSERVATION_DIMS, Program, StateSpaceModel, trial_plate
+from pyrodyn.program import OBSERVATION_DIMS, IntegratedModel, Program, StateSpaceModel, trial_plate
 from pyrodyn.readouts import AffineReadout
 from pyrodyn.recording import Recording
 
@@ -36,8 +37,11 @@ def collapse(model: Program) -> Collapsed:
     """
     if isinstance(model, Collapsed):
         return model
-    if not isinstance(model, StateSpaceModel):
-        raise CollapseError(f"{type(model).__name__} is not a StateSpaceModel: it has no path to integrate out")
+    if not isinstance(model, StateSpaceModel | IntegratedModel):
+        raise CollapseError(
+            f"{type(model).__name__} is neither a StateSpaceModel nor an IntegratedModel: it has nothing that can be "
+            "integrated out"
+        )
     return Collapsed(model)
 
 
@@ -52,16 +56,16 @@ def collapses(model: Program, recording: Recording) -> bool:
 
 @dataclass(frozen=True)
 class Collapsed:
-    """A state-space model whose path is integrated out; made by `collapse`."""
+    """A model whose latents are integrated out; made by `collapse`."""
 
-    model: StateSpaceModel
+    model: StateSpaceModel | IntegratedModel
 
     def __call__(self, recording: Recording) -> Tensor:
         parameters = self.model.sample_globals(recording)
         with trial_plate(recording):
             return pyro.sample(
                 "observations",
-                MarginalReadout(*self.factors(parameters, recording)),
+                self.marginal(parameters, recording),
                 obs=recording.observations,
                 infer=OBSERVATION_DIMS,
             )
@@ -69,10 +73,17 @@ class Collapsed:
     def check(self, recording: Recording) -> None:
         """Raise `CollapseError` where the path cannot be integrated out."""
         with torch.no_grad(), torch.random.fork_rng(devices=()), poutine.block():
-            self.factors(self.model.sample_globals(recording), recording)
+            self.marginal(self.model.sample_globals(recording), recording)
+
+    def marginal(self, parameters: Any, recording: Recording) -> TorchDistribution:
+        """Law of the observations given the parameters: event (time, unit), batch (*draw, trial)."""
+        if isinstance(self.model, IntegratedModel):
+            return Marginal(self.model, parameters, recording)
+        return MarginalReadout(*self.factors(parameters, recording))
 
     def factors(self, parameters: Any, recording: Recording) -> tuple[GaussMarkov, AffineReadout]:
         """Prior of the path and readout at a path of zeros."""
+        assert isinstance(self.model, StateSpaceModel)
         path = self.model.latent_path(parameters, recording)
         name = type(self.model).__name__
         if not isinstance(path, GaussMarkov):
@@ -98,9 +109,45 @@ class Collapsed:
 
     @property
     def treatment(self) -> str:
-        """How the path was treated, for the attributes of a posterior."""
+        """How the latents were treated, for the attributes of a posterior."""
+        if isinstance(self.model, IntegratedModel):
+            return self.model.treatment
         readout = getattr(self.model, "readout", None)
         return "integrated out exactly" if getattr(readout, "is_gaussian", False) else "integrated out by Laplace"
+
+
+class Marginal(TorchDistribution):
+    """Observations of an `IntegratedModel` given its parameters: event (time, unit), batch (trial)."""
+
+    arg_constraints = {}
+    support = constraints.independent(constraints.real, 2)
+
+    def __init__(self, model: IntegratedModel, parameters: Any, recording: Recording) -> None:
+        self.model, self.parameters, self.recording = model, parameters, recording
+        event = torch.Size((recording.num_bins, recording.num_units))
+        super().__init__(torch.Size((recording.num_trials,)), event, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.model.evidence(self.parameters, self.recording, value)
+
+    def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 (torch's own signature)
+        # The plate around this site is hidden with the rest, and may not be entered twice.
+        with torch.no_grad(), poutine.block(), _ForTrials(self.batch_shape):
+            return self.model.trials(self.parameters, self.recording.blank())
+
+    def expand(self, batch_shape, _instance=None) -> Marginal:
+        return self  # the trials' sites know their draws themselves
+
+
+class _ForTrials(Messenger):
+    """Gives every site the batch shape of the trials, as their plate would."""
+
+    def __init__(self, batch_shape: torch.Size) -> None:
+        super().__init__()
+        self.batch_shape = batch_shape
+
+    def _pyro_sample(self, msg: Any) -> None:
+        msg["fn"] = msg["fn"].expand(broadcast_shapes(msg["fn"].batch_shape, self.batch_shape))
 
 
 class MarginalReadout(TorchDistribution):

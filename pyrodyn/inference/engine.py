@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from pyrodyn.checkpoint import StateStore
+from pyrodyn.errors import ModelError
 from pyrodyn.inference.collapse import Collapsed, collapse, collapses
 from pyrodyn.inference.density import LogDensity
 from pyrodyn.inference.mode import ascend
 from pyrodyn.inference.whitening import Whitened, whiten
-from pyrodyn.program import LatentModel, Program, globals_given
+from pyrodyn.program import IntegratedModel, LatentModel, Program, globals_given
 from pyrodyn.recording import Recording
 
 NEAR = 1e-7  # relative gain of a step below which a start is near enough to the mode
@@ -35,8 +36,10 @@ class Draws:
         How the path was treated, in words.
     stats : dict of Tensor
         One number a draw, (chain, draw).
-    path : Tensor or None
-        Paths (chain, draw, trial, time, latent) where the engine sampled them.
+    local : dict of Tensor
+        Sites of trials where the engine sampled them, such as paths: (chain, kept draw, trial, *event).
+    kept : ndarray, optional
+        Positions of the draws that ``local`` belongs to; all by default.
     history : dict of ndarray
         Traces over steps, such as the loss.
     notes : dict
@@ -47,7 +50,8 @@ class Draws:
     samples: dict[str, Tensor]
     treatment: str
     stats: dict[str, Tensor] = field(default_factory=dict)
-    path: Tensor | None = None
+    local: dict[str, Tensor] = field(default_factory=dict)
+    kept: np.ndarray | None = None
     history: dict[str, np.ndarray] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -96,6 +100,11 @@ def treat_path(
         collapsed = collapse(program)
         collapsed.check(recording)
         return collapsed, collapsed.treatment
+    if isinstance(program, IntegratedModel):
+        raise ModelError(
+            f"collapse=False would sample what {type(program).__name__} sums out, which has no gradient; leave "
+            "collapse at None"
+        )
     return whiten(program, recording, values)
 
 
@@ -112,19 +121,20 @@ def vector_of(values: dict[str, Tensor], density: LogDensity) -> Tensor:
     return torch.cat(parts).detach()
 
 
-def split_path(
+def split_local(
     treated: Program, recording: Recording, samples: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Take the path out of the samples (chain, draw, ...) of a program that sampled it; coloured if it was whitened."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Globals and sites of trials among the samples (chain, draw, ...); a whitened path is coloured."""
     rest = dict(samples)
     if not isinstance(treated, Whitened):
-        return rest, rest.pop("latent", None)
+        names = {site.name for site in LogDensity(treated, recording).sites if site.local}
+        return rest, {name: rest.pop(name) for name in names & rest.keys()}
     noise = rest.pop("whitened_latent").flatten(0, 1)
     flat = {name: value.flatten(0, 1).unsqueeze(1) for name, value in rest.items()}
     with torch.no_grad():
         path = treated.path(globals_given(treated.model, flat, recording), noise, recording)
     lead = next(iter(samples.values())).shape[:2]
-    return rest, path.reshape(*lead, *path.shape[1:])
+    return rest, {"latent": path.reshape(*lead, *path.shape[1:])}
 
 
 def stream_seed(seed: int, chain: int) -> int:

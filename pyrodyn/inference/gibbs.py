@@ -26,13 +26,15 @@ STATE = "state/"
 
 
 class Sweep(Protocol):
-    """What a model declares: how to start, one sweep over all unknowns, and the sites of its program."""
+    """What a model declares: how to start, one sweep over all unknowns, and its program's sites, global and local."""
 
     def start(self, values: dict[str, Tensor], chains: int) -> dict[str, Tensor]: ...
 
     def sweep(self, state: dict[str, Tensor], share: float) -> dict[str, Tensor]: ...
 
     def sites(self, state: dict[str, Tensor]) -> dict[str, Tensor]: ...
+
+    def local(self, state: dict[str, Tensor]) -> dict[str, Tensor]: ...
 
 
 @runtime_checkable
@@ -90,12 +92,15 @@ class Gibbs:
             start = {} if held else sweep.start(climb(model, recording), self.chains)
             run = Run(self, sweep, start).go(checkpoint)
         samples = {name: torch.stack(parts, 1) for name, parts in run.kept.items()}
-        path = torch.stack(run.paths, 1) if run.paths else None
+        local = {name: torch.stack(parts, 1) for name, parts in run.local.items()}
+        kept = None
+        if local:
+            kept = np.arange(run.every - 1, self.draws, run.every)
         notes: dict[str, Any] = {
             "atoms": "sampled",
             "sweeps_per_chain": self.warmup + self.thin * self.draws,
         }
-        return Draws(samples, "sampled", path=path, notes=notes | run.rates())
+        return Draws(samples, "sampled", local=local, kept=kept, notes=notes | run.rates())
 
     def replicate(self, density: LogDensity, start: Tensor) -> Tensor:
         """Draws (replicate, chain x draw, dimension) from many posteriors at once, started at ``start``.
@@ -150,7 +155,7 @@ class Run:
         self.every = min(options.draws, max(1, options.draws * options.chains // paths)) if paths else 0
         self.count = 0
         self.kept: dict[str, list[Tensor]] = {}
-        self.paths: list[Tensor] = []
+        self.local: dict[str, list[Tensor]] = {}
         self.sums: dict[str, Tensor] = {}
 
     def go(self, store: StateStore | None) -> Run:
@@ -177,13 +182,12 @@ class Run:
         return {name: round(float(value.mean() / max(1, self.options.draws)), 3) for name, value in self.sums.items()}
 
     def _keep(self) -> None:
-        drawn = self.sweep.sites(self.state)
-        path = drawn.pop("latent", None)
-        for name, value in drawn.items():
+        for name, value in self.sweep.sites(self.state).items():
             self.kept.setdefault(name, []).append(value)
         number = len(next(iter(self.kept.values())))
-        if path is not None and self.every and number % self.every == 0:
-            self.paths.append(path)
+        if self.every and number % self.every == 0:
+            for name, value in self.sweep.local(self.state).items():
+                self.local.setdefault(name, []).append(value)
         for name, value in self.state.items():
             if name.endswith("_acceptance"):
                 self.sums[name] = self.sums.get(name, 0.0) + value.mean()
@@ -200,8 +204,7 @@ class Run:
         held = {STATE + name: value.numpy().copy() for name, value in self.state.items()}
         held |= {f"kept/{name}": torch.stack(parts).numpy() for name, parts in self.kept.items()}
         held |= {f"sums/{name}": value.numpy() for name, value in self.sums.items()}
-        if self.paths:
-            held["paths"] = torch.stack(self.paths).numpy()
+        held |= {f"local/{name}": torch.stack(parts).numpy() for name, parts in self.local.items()}
         return held | {"count": np.array(self.count), "random": torch.get_rng_state().numpy().copy()}
 
     def _restore(self, held: Any) -> None:
@@ -212,6 +215,6 @@ class Run:
 
         self.state, self.sums = part(STATE), part("sums/")
         self.kept = {name: list(values) for name, values in part("kept/").items()}
-        self.paths = list(torch.from_numpy(np.array(held["paths"]))) if "paths" in held else []
+        self.local = {name: list(values) for name, values in part("local/").items()}
         self.count = int(held["count"])
         torch.set_rng_state(torch.from_numpy(np.array(held["random"])))

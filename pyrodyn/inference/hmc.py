@@ -17,7 +17,7 @@ from pyrodyn.inference.engine import (
     Draws,
     double_precision,
     random_stream,
-    split_path,
+    split_local,
     starting_values,
     treat_path,
     vector_of,
@@ -95,7 +95,7 @@ class HMC:
             values = density.constrain(vectors.flatten(0, 1))
             lead = vectors.shape[:2]
             samples = {site.name: values[site.name].reshape(*lead, *site.shape) for site in density.sites}
-            samples, path = split_path(treated, recording, samples)
+            samples, local = split_local(treated, recording, samples)
         diverging = run.diverging.squeeze(1).mT
         warnings = []
         if bool(diverging.any()):
@@ -103,7 +103,7 @@ class HMC:
         return Draws(
             samples,
             treatment,
-            path=path,
+            local=local,
             stats={"diverging": diverging, "acceptance_rate": run.acceptance.squeeze(1).mT},
             notes={
                 "superchains": self.superchains,

@@ -19,7 +19,7 @@ from pyrodyn.inference.engine import (
     Draws,
     double_precision,
     random_stream,
-    split_path,
+    split_local,
     starting_values,
     treat_path,
     vector_of,
@@ -86,11 +86,11 @@ class NUTS:
         if diverging.any():
             warnings.append(f"NUTS: {int(diverging.sum())} of {diverging.size} draws diverged")
         with double_precision():
-            samples, path = split_path(treated, recording, samples)
+            samples, local = split_local(treated, recording, samples)
         return Draws(
             samples,
             treatment,
-            path=path,
+            local=local,
             stats={"diverging": torch.from_numpy(diverging)},
             notes={"step_size": [float(c["step_size"]) for c in chains], "acceptance_rate": acceptance},
             warnings=tuple(warnings),

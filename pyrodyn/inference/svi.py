@@ -24,7 +24,7 @@ from pyrodyn.inference.engine import (
     Draws,
     double_precision,
     random_stream,
-    split_path,
+    split_local,
     starting_values,
     treat_path,
     vector_of,
@@ -84,13 +84,13 @@ class SVI:
             losses = _Run(self, treated, guide, recording).train(checkpoint)
             values, log_q = draw_globals(guide, recording, self.draws)
             samples = {name: value.unsqueeze(0) for name, value in values.items()}
-            samples, path = split_path(treated, recording, samples)
+            samples, local = split_local(treated, recording, samples)
         return Draws(
             samples,
             treatment,
-            path=path,
+            local=local,
             # Beside the globals' density with the path integrated out, that of globals and path together says nothing.
-            stats={"log_q": log_q.unsqueeze(0)} if path is None else {},
+            stats={"log_q": log_q.unsqueeze(0)} if not local else {},
             history={"loss": losses},
             notes={"elbo": -float(losses[-max(1, len(losses) // 20) :].mean())},
         )

@@ -111,18 +111,9 @@ class RegionSweep:
 
     def sites(self, state: State) -> dict[str, Tensor]:
         """The values (chain, *event) of the program's sites, in the model's gauge."""
-        layout = self.layout
-        turns, found = [], {}
-        for (name, _, units), place, pivots, r in zip(
-            self.regions, layout.places, self.model.pivots(self.recording), range(layout.num_regions), strict=True
-        ):
-            size = state["signal_variance"][:, r, None, None].sqrt() * self.scale[units].unsqueeze(-1)
-            found[f"weights_{name}"], rotation = gauge_fix(state["loading"][:, units, place] / size, pivots)
-            turns.append(rotation)
-        turn = torch.eye(layout.size, dtype=torch.float64).repeat(len(state["dynamics"]), 1, 1)
-        for place, rotation in zip(layout.places, turns, strict=True):
-            turn[:, place, place] = rotation
-        back, regional = turn.mT, layout.regional
+        found, turn = self._gauged(state)
+        layout, back = self.layout, turn.mT
+        regional = layout.regional
         found["network"] = layout.vector(back @ state["dynamics"] @ turn)
         found |= {name: state[name] for name in ("signal_variance", "initial_variance", "offset")}
         if "noise" in state:
@@ -135,8 +126,26 @@ class RegionSweep:
             found |= {"bump_variance": state["bump_variance"], "bumps": heights.unflatten(-1, self.bumps)}
         if self.model.shared_innovations:
             found["innovations"] = (back @ state["innovation_loading"])[:, :regional]
-        found["latent"] = state["path"] @ turn.unsqueeze(1)
         return found
+
+    def local(self, state: State) -> dict[str, Tensor]:
+        """The paths (chain, trial, time, latent), in the model's gauge."""
+        return {"latent": state["path"] @ self._gauged(state)[1].unsqueeze(1)}
+
+    def _gauged(self, state: State) -> tuple[dict[str, Tensor], Tensor]:
+        """Weights of the loadings in the model's gauge, and the turn (chain, latent, latent) of the latents into it."""
+        layout = self.layout
+        turns, found = [], {}
+        for (name, _, units), place, pivots, r in zip(
+            self.regions, layout.places, self.model.pivots(self.recording), range(layout.num_regions), strict=True
+        ):
+            size = state["signal_variance"][:, r, None, None].sqrt() * self.scale[units].unsqueeze(-1)
+            found[f"weights_{name}"], rotation = gauge_fix(state["loading"][:, units, place] / size, pivots)
+            turns.append(rotation)
+        turn = torch.eye(layout.size, dtype=torch.float64).repeat(len(state["dynamics"]), 1, 1)
+        for place, rotation in zip(layout.places, turns, strict=True):
+            turn[:, place, place] = rotation
+        return found, turn
 
     # ------------------------------------------------------------------------------------------ one sweep
 
