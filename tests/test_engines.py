@@ -183,7 +183,7 @@ def test_every_guide_gives_the_normalised_density_of_its_draws(guide, structured
     )
     draws = options.run(row.model, row.recording, seed=0)
     density = LogDensity(collapse(row.model), row.recording)
-    assert draws.samples.keys() == {site.name for site in density.sites} and draws.path is None
+    assert draws.samples.keys() == {site.name for site in density.sites} and not draws.local
     vectors = density.unconstrain({name: value.flatten(0, 1).unsqueeze(1) for name, value in draws.samples.items()})
     log_q = draws.stats["log_q"].squeeze(0) + density.log_jacobian(vectors)
     root = torch.linalg.cholesky(torch.cov(vectors.T))
@@ -403,7 +403,7 @@ OWN = {
 REFUSALS = {
     "path": "Independent: the path follows Independent, and only a GaussMarkov path.*collapse=False",
     "readout": "Squared: the readout Independent is not affine.*collapse=False",
-    "neither": "Levels is not a StateSpaceModel",
+    "neither": "Levels is neither a StateSpaceModel",
 }
 
 
@@ -454,7 +454,7 @@ def test_things_that_are_no_model_are_refused():
     for thing in (lambda recording: None, models.LDS, "LDS", None):
         with pytest.raises(ModelError, match="model must be one of pyrodyn.models"):
             dyn.fit(thing, simulated(2, 12, 2))
-    with pytest.raises(CollapseError, match="function is not a StateSpaceModel"):
+    with pytest.raises(CollapseError, match="function is neither a StateSpaceModel"):
         collapse(lambda recording: None)
 
 

@@ -141,7 +141,7 @@ def test_gibbs_draws_stand_for_the_program():
         for i in range(4):
             state = sweep.sweep(state, i / 8)
         sites = sweep.sites(state)
-        path = sites.pop("latent")
+        path = sweep.local(state)["latent"]
         parameters = globals_given(model, {name: value.unsqueeze(1) for name, value in sites.items()}, system.recording)
     predictor = path @ parameters.loading.mT + parameters.offset.unsqueeze(-2)
     expected = state["path"] @ state["loading"].unsqueeze(1).mT + state["offset"][:, None, None]

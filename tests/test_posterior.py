@@ -19,7 +19,7 @@ from pyrodyn.errors import ModelError, RecordingError
 from pyrodyn.inference import LogDensity, collapse
 from pyrodyn.inference.engine import Draws
 from pyrodyn.posterior import parameters_of, path_summary, thinned, to_datatree, trial_batches
-from pyrodyn.program import globals_given, log_joint
+from pyrodyn.program import IntegratedModel, globals_given, log_joint
 from pyrodyn.recording import Recording
 
 ROWS = [pytest.param(row, id=row.name) for row in zoo.MODELS]
@@ -53,14 +53,17 @@ def test_the_groups_tell_the_same_story(row, engine):
             np.testing.assert_allclose(
                 stored[name].values, value.reshape(stored[name].shape).numpy(), rtol=1e-9, atol=1e-10
             )
-    evidence = path_evidence(*collapse(model).factors(parameters, recording), recording.observations)
+    if isinstance(model, IntegratedModel):
+        evidence = model.evidence(parameters, recording, recording.observations)
+    else:
+        evidence = path_evidence(*collapse(model).factors(parameters, recording), recording.observations)
     found = tree["log_likelihood"]["observations"].values
     np.testing.assert_allclose(found, evidence.reshape(*lead, -1).numpy(), rtol=1e-9, atol=1e-8)
     expected = log_joint(collapse(model), sites, recording).reshape(lead).numpy()
     np.testing.assert_allclose(tree["sample_stats"]["lp"].values, expected, rtol=1e-9, atol=1e-8)
-    treatment = "exactly" if model.readout.is_gaussian else "Laplace"
-    assert treatment in tree.attrs["path_treatment"]
-    assert tree.attrs["log_likelihood_estimator"] == ("exact" if model.readout.is_gaussian else "Laplace")
+    exact = isinstance(model, IntegratedModel) or model.readout.is_gaussian
+    assert ("exactly" if exact else "Laplace") in tree.attrs["path_treatment"]
+    assert tree.attrs["log_likelihood_estimator"] == ("exact" if exact else "Laplace")
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -105,9 +108,9 @@ def test_the_prediction_is_the_average_over_draws_and_paths():
     error = rates.std(0) / 4000**0.5
     gap = (torch.from_numpy(found["expected"].values) - rates.mean((0, 1))).abs()
     assert float((gap / error.square().mean(0).sqrt()).max()) < 6.0
-    mean, sd = path_summary([law])
-    np.testing.assert_allclose(found["path"], mean.numpy(), rtol=1e-10)
-    np.testing.assert_allclose(found["path_sd"], sd.numpy(), rtol=1e-10)
+    for name, (dims, value) in path_summary(law).items():
+        assert found[name].dims == dims
+        np.testing.assert_allclose(found[name], value.numpy(), rtol=1e-10)
     assert found["expected"].attrs["units"] == "events per bin"
 
 
