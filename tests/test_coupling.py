@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.stats
+import torch
 import xarray as xr
 from _coupling import BIN, DIMS, changed, mapped, random_posterior, with_posterior, with_presence
 
 import pyrodyn as dyn
 from pyrodyn.coupling import aligned_dynamics, coupling_graph, savage_dickey
 from pyrodyn.coupling.spectra import granger_geweke
-from pyrodyn.coupling.stationary import filter_covariance, stationary_covariance
 from pyrodyn.errors import CouplingError
+from pyrodyn.linalg.stationary import filter_covariance, stationary_covariance
 
 REGIONS = list(DIMS)
 # Rounding, 1e-16, through a covariance of memory 1/(1 - .9) and its inverse, of condition below 1e4.
@@ -56,7 +57,7 @@ def test_doubling_solves_the_lyapunov_equation(radius: float) -> None:
     dynamics = rng.normal(size=(3, 4, 4))
     dynamics *= (radius / np.abs(np.linalg.eigvals(dynamics)).max(-1))[:, None, None]
     noise = np.eye(4) + np.ones((4, 4))
-    found = stationary_covariance(dynamics, noise)
+    found = stationary_covariance(torch.from_numpy(dynamics), torch.from_numpy(noise)).numpy()
     for a, sigma in zip(dynamics, found, strict=True):
         dense = scipy.linalg.solve_discrete_lyapunov(a, noise)
         # An error of rounding grows with the memory, in both routes.
@@ -68,7 +69,8 @@ def test_doubling_solves_the_riccati_equation_with_correlated_noises() -> None:
     for dynamics in (0.4 * rng.normal(size=(3, 3)), 1.3 * np.eye(3)):  # a filter also follows what is not stable
         readout = rng.normal(size=(5, 3))
         joint = np.cov(rng.normal(size=(8, 40)))
-        found = filter_covariance(dynamics, joint[:3, :3], readout, joint[3:, 3:], joint[:3, 3:])
+        parts = (dynamics, joint[:3, :3], readout, joint[3:, 3:], joint[:3, 3:])
+        found = filter_covariance(*(torch.from_numpy(part) for part in parts)).numpy()
         dense = scipy.linalg.solve_discrete_are(dynamics.T, readout.T, joint[:3, :3], joint[3:, 3:], s=joint[:3, 3:])
         np.testing.assert_allclose(found, dense, rtol=1e-9, atol=1e-11)
 
@@ -352,6 +354,15 @@ def test_presence_is_unknown_without_prior_or_with_few_draws(posterior: xr.DataT
     assert np.isnan(savage_dickey(np.ones((1, 5, 2, 2)), 1.0, 0.5))
 
 
+def test_an_edge_that_must_be_there_is_there_whatever_the_draws_say() -> None:
+    """Draws so near zero that the Bayes factor for absence is no float; then too few draws."""
+    rng = np.random.default_rng(0)
+    tight = 1e-80 * rng.normal(size=(1, 50, 2, 2, 3))
+    np.testing.assert_array_equal(savage_dickey(tight, 1.0, 1.0), [1.0, 1.0])
+    np.testing.assert_array_equal(savage_dickey(tight, 1.0, 0.999), [0.0, 0.0])
+    np.testing.assert_array_equal(savage_dickey(tight[:, :3], 1.0, np.array([1.0, 0.5])), [1.0, np.nan])
+
+
 # ---------------------------------------------------------------------------------------------- bad input
 
 
@@ -409,6 +420,9 @@ def test_errors_name_what_the_posterior_lacks(posterior: xr.DataTree, damage, me
         ({"frequencies": []}, "frequencies: got"),
         ({"edge_prior_sd": -1.0, "edge_prior_probability": 0.5}, "edge_prior_sd.*got -1.0 and 0.5"),
         ({"edge_prior_sd": 1.0, "edge_prior_probability": 0.0}, "above 0 and at most 1"),
+        ({"edge_prior_sd": 1.0, "edge_prior_probability": np.nan}, "above 0 and at most 1"),
+        ({"edge_prior_sd": np.inf, "edge_prior_probability": 0.5}, "positive standard deviation"),
+        ({"edge_prior_sd": np.ones(3), "edge_prior_probability": 0.5}, r"shape \(3,\) and \(\); expected numbers"),
     ],
 )
 def test_errors_name_the_option(posterior: xr.DataTree, options, message: str) -> None:

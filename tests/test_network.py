@@ -13,7 +13,13 @@ from torch.distributions import biject_to
 from pyrodyn.distributions.network import LEVEL_PERSISTENCE, NetworkPrior, log_stability, network_layout
 from pyrodyn.errors import ModelError
 from pyrodyn.inference.engine import random_stream
-from pyrodyn.linalg.stationary import block_strength, spectral_radius, stationary_covariance, variance_shares
+from pyrodyn.linalg.stationary import (
+    block_strength,
+    noise_by_group,
+    spectral_radius,
+    stationary_covariance,
+    variance_shares,
+)
 
 LAYOUT = network_layout((2, 1), 1, True, ((0, 1), (1, 0)))
 
@@ -117,7 +123,13 @@ def test_stationary_quantities_agree_with_dense_solutions():
     places = (slice(0, 2), slice(2, 3))
     strength = block_strength(dynamics, covariance, places)
     group = torch.tensor([0, 0, 1, -1])
-    shares = variance_shares(dynamics, own, shared, group)
+    noises = noise_by_group(own, (*places, slice(3, 4)))
+    torch.testing.assert_close(noises.sum(-3), own)
+    noises = torch.cat([noises, (shared @ shared.mT).unsqueeze(-3)], -3)
+    shares = variance_shares(dynamics, noises, places)
+    scattered = [torch.arange(4)[place] for place in places]  # places may be numbers, too
+    assert torch.equal(variance_shares(dynamics, noises, scattered), shares)
+    assert torch.equal(block_strength(dynamics, covariance, scattered), strength)
     assert shares.shape == (3, 2, 4)
     torch.testing.assert_close(shares.sum(-1), torch.ones(3, 2, dtype=torch.float64))
     for i in range(3):

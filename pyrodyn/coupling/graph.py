@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from pyrodyn.coupling.measures import blocks, impulse_responses, variance_shares
-from pyrodyn.coupling.presence import savage_dickey
+from pyrodyn.coupling.presence import checked_prior, savage_dickey
 from pyrodyn.coupling.spectra import granger_geweke
 from pyrodyn.coupling.system import SHARED_INNOVATIONS, System, read_system
 from pyrodyn.errors import CouplingError
@@ -170,12 +170,7 @@ def _presence(
     probability = np.full((count, count), np.nan)
     if sd is None or prior is None:
         return None, probability, f"none: the posterior has neither presence nor the attributes {' and '.join(names)}"
-    if not (np.all(np.asarray(sd) > 0.0) and np.all((np.asarray(prior) > 0.0) & (np.asarray(prior) <= 1.0))):
-        raise CouplingError(
-            f"edge_prior_sd, edge_prior_probability: got {sd!r} and {prior!r}; expected a positive standard deviation "
-            "and a probability above 0 and at most 1"
-        )
-    sd, prior = (np.broadcast_to(np.asarray(value, dtype=float), (count, count)) for value in (sd, prior))
+    sd, prior = checked_prior(names, (sd, prior), (count, count))
     raw = draws["dynamics"].transpose("chain", "draw", "latent", "latent_from").values
     for r, target in enumerate(system.regions):
         for s, source in enumerate(system.regions):

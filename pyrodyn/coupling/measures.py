@@ -3,41 +3,28 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
-from pyrodyn.coupling.stationary import roots, stationary_covariance
-from pyrodyn.coupling.system import System
+from pyrodyn.coupling.system import System, roots
+from pyrodyn.linalg import stationary
+from pyrodyn.linalg.stationary import noise_by_group
 
 
 def variance_shares(system: System) -> np.ndarray:
-    r"""Share of each region's variance that comes from the noise of each origin.
+    """Share of each region's variance that comes from the noise of each origin, (chain, draw, target, origin).
 
-    .. math::
-        \Sigma^{(o)} = A \Sigma^{(o)} A^\top + Q^{(o)}, \qquad
-        \mathrm{share}_{r o} = \mathrm{tr}\big(\Sigma_{rr}^{-1} \Sigma_{rr}^{(o)}\big) / d_r
-
-    with :math:`Q^{(o)}` the own noise of a region, of the shared latents, or the shared innovations. As the noises add
-    up to Q, the shares add up to one.
-
-    Returns
-    -------
-    ndarray, (chain, draw, target, origin)
-        Origins: the regions, the shared latents, the shared innovations.
+    Origins: the regions, the shared latents, the shared innovations; see `pyrodyn.linalg.stationary.variance_shares`.
     """
-    own = system.process_noise - system.shared_noise
-    parts = []
-    for name in (*system.regions, system.global_name):
-        part = np.zeros_like(own)
-        positions = system.latents.get(name, np.empty(0, dtype=int))
-        part[..., positions[:, None], positions] = own[..., positions[:, None], positions]
-        parts.append(part)
-    noises = np.stack([*parts, system.shared_noise], -3)
-    origins = stationary_covariance(system.dynamics[..., None, :, :], noises)
-    shares = []
-    for name in system.regions:
-        whole = system.block(system.covariance, name, name)[..., None, :, :]
-        share = np.linalg.solve(whole, system.block(origins, name, name)).trace(axis1=-2, axis2=-1)
-        shares.append(share / whole.shape[-1])
-    return np.stack(shares, -2)
+    shared = torch.from_numpy(system.shared_noise)
+    none = torch.empty(0, dtype=torch.long)
+    places = [torch.from_numpy(own) for own in system.region_latents]
+    common = system.latents.get(system.global_name)
+    own = noise_by_group(
+        torch.from_numpy(system.process_noise) - shared,
+        [*places, none if common is None else torch.from_numpy(common)],
+    )
+    noises = torch.cat([own, shared.unsqueeze(-3)], -3)
+    return stationary.variance_shares(torch.from_numpy(system.dynamics), noises, places).numpy()
 
 
 def blocks(system: System) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -67,7 +54,11 @@ def blocks(system: System) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarr
     """
     lead, count = system.dynamics.shape[:2], len(system.regions)
     rank = max(len(own) for own in system.region_latents)
-    strength = np.empty((*lead, count, count))
+    strength = stationary.block_strength(
+        torch.from_numpy(system.dynamics),
+        torch.from_numpy(system.covariance),
+        [torch.from_numpy(own) for own in system.region_latents],
+    ).numpy()
     values = np.full((*lead, count, count, rank), np.nan)
     shape = (*lead, count, rank, len(system.unit))
     source_pattern, target_pattern = np.full(shape, np.nan), np.full(shape, np.nan)
@@ -78,7 +69,6 @@ def blocks(system: System) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarr
             block = scales[r][1] @ system.block(system.dynamics, target, source) @ scales[s][0]
             left, found, right = np.linalg.svd(block, full_matrices=False)
             size = found.shape[-1]
-            strength[..., r, s] = np.sqrt(np.square(block).sum((-2, -1)))
             values[..., r, s, :size] = found
             sent = readouts[s] @ np.swapaxes(right, -1, -2)
             sign = np.where(sent.sum(-2, keepdims=True) < 0.0, -1.0, 1.0)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from scipy.special import expit, logit
+
+from pyrodyn.errors import CouplingError
 
 
 def savage_dickey(
@@ -26,12 +31,17 @@ def savage_dickey(
     prior_sd : float or ndarray (...)
         :math:`\sigma`, the standard deviation of the independent normal prior of every entry.
     prior_probability : float or ndarray (...)
-        :math:`\pi`, the prior probability that the edge is there.
+        :math:`\pi`, the prior probability that the edge is there. At 1 no draw is asked, and the answer is 1.
 
     Returns
     -------
     ndarray (...)
         NaN where there are not more draws than entries plus one, so that S cannot be estimated.
+
+    Raises
+    ------
+    CouplingError
+        For a prior that is none, or that has another shape than the blocks.
 
     References
     ----------
@@ -40,16 +50,34 @@ def savage_dickey(
     """
     chains, draws, *batch, rows, columns = blocks.shape
     size = rows * columns
+    sd, prior = checked_prior(("prior_sd", "prior_probability"), (prior_sd, prior_probability), tuple(batch))
     entries = np.moveaxis(blocks.reshape(chains * draws, *batch, size), 0, -2)  # (..., sample, entry)
     if chains * draws <= size + 1:
-        return np.full(tuple(batch), np.nan)
+        return np.where(prior == 1.0, 1.0, np.nan)
     mean = entries.mean(-2)
     centred = entries - mean[..., None, :]
     covariance = np.swapaxes(centred, -1, -2) @ centred / (chains * draws - 1)
     sign, log_det = np.linalg.slogdet(covariance)
     safe = np.where((sign > 0)[..., None, None], covariance, np.eye(size))
     distance = (mean * np.linalg.solve(safe, mean[..., None])[..., 0]).sum(-1)
-    log_factor = -0.5 * (log_det + distance) + size * np.log(prior_sd)
-    with np.errstate(over="ignore"):
-        odds = (1.0 - np.asarray(prior_probability)) / prior_probability * np.exp(log_factor)
-    return np.where(sign > 0, 1.0 / (1.0 + odds), np.nan)
+    log_factor = -0.5 * (log_det + distance) + size * np.log(sd)
+    # By logits: a factor too large for a float, times no doubt at all, would be a NaN.
+    found = expit(logit(prior) - np.where(sign > 0, log_factor, np.nan))
+    return np.where(prior == 1.0, 1.0, found)
+
+
+def checked_prior(names: tuple[str, str], given: tuple[Any, Any], shape: tuple[int, ...]) -> list[np.ndarray]:
+    """A prior's standard deviation and probability, one for each block of ``shape``; anything else is refused."""
+    found = [np.asarray(value, dtype=float) for value in given]
+    if any(value.shape not in ((), shape) for value in found):
+        raise CouplingError(
+            f"{', '.join(names)}: got arrays of shape {' and '.join(str(value.shape) for value in found)}; expected "
+            f"numbers, or one for each block, {shape}"
+        )
+    sd, prior = found
+    if not (np.all((sd > 0.0) & np.isfinite(sd)) and np.all((prior > 0.0) & (prior <= 1.0))):
+        raise CouplingError(
+            f"{', '.join(names)}: got {given[0]!r} and {given[1]!r}; expected a positive standard deviation and a "
+            "probability above 0 and at most 1"
+        )
+    return [np.broadcast_to(value, shape) for value in found]

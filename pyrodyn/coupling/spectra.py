@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
-from pyrodyn.coupling.stationary import filter_covariance
+from pyrodyn.linalg.stationary import filter_covariance
 
 
 def granger_geweke(
@@ -73,7 +74,8 @@ def granger_geweke(
             continue
         within, outward = _block(dynamics, source, source), _block(dynamics, rest, source)
         seen_noise, cross = _block(noise, rest, rest), _block(noise, source, rest)
-        hidden = filter_covariance(within, _block(noise, source, source), outward, seen_noise, cross)
+        parts = (within, _block(noise, source, source), outward, seen_noise, cross)
+        hidden = filter_covariance(*(torch.from_numpy(part) for part in parts)).numpy()
         forecast = outward @ hidden @ _t(outward) + seen_noise
         gain = _t(np.linalg.solve(forecast, _t(within @ hidden @ _t(outward) + cross)))
         decay = (within - gain @ outward)[..., None, :, :]

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 import xarray as xr
 
-from pyrodyn.coupling.stationary import roots, spectral_radius, stationary_covariance
 from pyrodyn.errors import CouplingError
+from pyrodyn.linalg import square_roots
+from pyrodyn.linalg.stationary import spectral_radius, stationary_covariance
 from pyrodyn.posterior import FitWarning
 
 GLOBAL = "global"
@@ -109,7 +111,8 @@ def read_system(posterior: xr.DataTree) -> System:
         shared_loading = draws["innovation_loading"].transpose("chain", "draw", "latent", ...).values.astype(float)
         shared = shared_loading @ np.swapaxes(shared_loading, -1, -2)
     _check_noise(noise - shared, latents)
-    stable = spectral_radius(dynamics) < 1.0
+    stable = spectral_radius(torch.from_numpy(dynamics)).numpy() < 1.0
+    stable &= np.isfinite(dynamics).all((-2, -1))
     if not stable.all():
         _complain(stable)
         dynamics = np.where(stable[..., None, None], dynamics, 0.0)
@@ -122,7 +125,7 @@ def read_system(posterior: xr.DataTree) -> System:
         dynamics,
         noise,
         shared,
-        stationary_covariance(dynamics, noise),
+        stationary_covariance(torch.from_numpy(dynamics), torch.from_numpy(noise)).numpy(),
         draws["loading"].transpose("chain", "draw", "unit", "latent").values.astype(float),
         stable,
         _bin_width(posterior),
@@ -186,6 +189,12 @@ def aligned_dynamics(posterior: xr.DataTree) -> xr.DataArray:
         },
         name="dynamics",
     )
+
+
+def roots(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Symmetric square root and its inverse, (..., latent, latent)."""
+    root, inverse = square_roots(torch.from_numpy(covariance))
+    return root.numpy(), inverse.numpy()
 
 
 def known_regions(what: str, asked: Sequence[str], known: Sequence[str]) -> None:

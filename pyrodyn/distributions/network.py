@@ -71,6 +71,12 @@ class NetworkLayout:
         return slice(self.regional, self.size)
 
     @cached_property
+    def origins(self) -> tuple[slice, ...]:
+        """Where the latents of every origin of noise stand: the regions, all global latents, the level."""
+        ends = (self.regional, self.regional + self.num_globals, self.size)
+        return (*self.places, *(slice(a, b) for a, b in pairwise(ends) if a < b))
+
+    @cached_property
     def group(self) -> Tensor:
         """The region of every latent, (latent,); -1 for the global ones, -2 for the level."""
         names = [torch.full((dim,), r) for r, dim in enumerate(self.dims)]

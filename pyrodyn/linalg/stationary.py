@@ -1,27 +1,103 @@
-r"""What a linear system settles into: stationary covariance, spectral radius, and what couples one part to another."""
+r"""What a linear system settles into, and what couples one part to another; for whole batches of draws.
+
+Matrix equations are solved by doubling: after k doublings a solution holds the terms of :math:`2^k` bins, so that a
+memory of a million bins takes about twenty.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-DOUBLINGS = 18  # a spectral radius of .9999 leaves exp(-2 x 262144 x .0001) of the sum
+from pyrodyn.linalg.matrix import cholesky
+
+DOUBLINGS = 64  # more bins of memory than any float64 spectral radius below one can have
+SETTLED = 1e-15  # a term this small beside the sum no longer changes it
+
+Place = slice | Tensor  # where some latents stand in the state
 
 
-def stationary_covariance(dynamics: Tensor, process_noise: Tensor) -> Tensor:
-    r"""The solution of :math:`\Sigma = A \Sigma A^\top + Q`, (*batch, latent, latent).
+def stationary_covariance(dynamics: Tensor, noise: Tensor) -> Tensor:
+    r"""Covariance that the noise of all past bins leaves behind.
 
-    By doubling: :math:`\Sigma_{2n} = \Sigma_n + A^n \Sigma_n (A^n)^\top`. An unstable element is not finite, or has no
-    meaning: look at `spectral_radius`.
+    .. math:: \Sigma = A \Sigma A^\top + Q = \sum_{k \ge 0} A^k Q (A^k)^\top
 
-    Reference: Anderson & Moore, *Optimal Filtering*, 1979, section 6.7.
+    Parameters
+    ----------
+    dynamics : Tensor, (*batch, latent, latent)
+        A, of spectral radius below one. An element that is not stable does not come out finite, or has no meaning: look
+        at `spectral_radius`.
+    noise : Tensor, (*batch, latent, latent)
+        Q, a covariance; need not have full rank.
+
+    Returns
+    -------
+    Tensor, (*batch, latent, latent)
+        Symmetric.
+
+    References
+    ----------
+    Smith, "Matrix equation XA + BX = C", SIAM Journal on Applied Mathematics, 1968 (doubling).
     """
-    covariance, power = process_noise, dynamics
+    total, power = noise, dynamics
     for _ in range(DOUBLINGS):
-        covariance = covariance + power @ covariance @ power.mT
+        term = power @ total @ power.mT
+        total = total + 0.5 * (term + term.mT)
+        if _settled(term, total):
+            break
         power = power @ power
-    return 0.5 * (covariance + covariance.mT)
+    return total
+
+
+def filter_covariance(dynamics: Tensor, noise: Tensor, readout: Tensor, readout_noise: Tensor, cross: Tensor) -> Tensor:
+    r"""Covariance P of a hidden state given all past observations, for correlated noises.
+
+    With :math:`s_t = F s_{t-1} + w_t` and :math:`y_t = C s_{t-1} + v_t`, where w has covariance W, v has V, and
+    :math:`E[w v^\top] = N`,
+
+    .. math:: P = F P F^\top + W - (F P C^\top + N)(C P C^\top + V)^{-1}(F P C^\top + N)^\top .
+
+    Parameters
+    ----------
+    dynamics : Tensor, (*batch, hidden, hidden)
+    noise : Tensor, (*batch, hidden, hidden)
+    readout : Tensor, (*batch, seen, hidden)
+    readout_noise : Tensor, (*batch, seen, seen)
+        Positive definite.
+    cross : Tensor, (*batch, hidden, seen)
+
+    Returns
+    -------
+    Tensor, (*batch, hidden, hidden)
+
+    References
+    ----------
+    Chu, Fan & Lin, Linear Algebra and its Applications, 2005 (the doubling that keeps the structure).
+    """
+    # The part of w that v predicts is known once y is seen; what remains has independent noises.
+    regression = torch.linalg.solve(readout_noise, cross.mT).mT
+    power = (dynamics - regression @ readout).mT
+    total = noise - regression @ cross.mT
+    seen = readout.mT @ torch.linalg.solve(readout_noise, readout)
+    eye = torch.eye(dynamics.shape[-1], dtype=dynamics.dtype, device=dynamics.device)
+    for _ in range(DOUBLINGS):
+        ahead = torch.linalg.solve(eye + seen @ total, power)
+        back = torch.linalg.solve(eye + total @ seen, total)
+        term = power.mT @ back @ power
+        spread = power @ torch.linalg.solve(eye + seen @ total, seen) @ power.mT
+        total = total + 0.5 * (term + term.mT)
+        seen = seen + 0.5 * (spread + spread.mT)
+        if _settled(term, total):
+            break
+        power = power @ ahead
+    return total
+
+
+def _settled(term: Tensor, total: Tensor) -> bool:
+    return bool((term.abs() <= SETTLED * total.abs().amax((-2, -1), keepdim=True)).all())
 
 
 class _SpectralRadius(torch.autograd.Function):
@@ -55,16 +131,21 @@ def spectral_radius(matrix: Tensor) -> Tensor:
     return _SpectralRadius.apply(matrix)
 
 
-def block_strength(dynamics: Tensor, covariance: Tensor, places: tuple[slice, ...]) -> Tensor:
+def block(matrix: Tensor, rows: Place, columns: Place) -> Tensor:
+    """The part of (*batch, latent, latent) between two groups of latents."""
+    return matrix[..., rows, :][..., columns]
+
+
+def block_strength(dynamics: Tensor, covariance: Tensor, places: Sequence[Place]) -> Tensor:
     r"""Frobenius norm of :math:`\Sigma_r^{-1/2} A_{rs} \Sigma_s^{1/2}` for all pairs, (*batch, target, source).
 
     Any invertible map of a group's latents leaves it alone. The blocks of the stationary ``covariance`` are
     :math:`\Sigma_r`, for ``places`` in the state.
     """
-    roots = [torch.linalg.cholesky_ex(covariance[..., place, place])[0] for place in places]
+    # Cholesky roots in place of symmetric ones: they differ by a rotation, which a Frobenius norm does not see.
+    roots = [cholesky(block(covariance, place, place)) for place in places]
     rows = []
     for target, root in zip(places, roots, strict=True):
-        # L^-1 in place of the symmetric root: they differ by a rotation, which a Frobenius norm does not see.
         scaled = torch.linalg.solve_triangular(root, dynamics[..., target, :], upper=False)
         rows.append(
             torch.stack([(scaled[..., s] @ r).square().sum((-2, -1)) for s, r in zip(places, roots, strict=True)], -1)
@@ -72,33 +153,36 @@ def block_strength(dynamics: Tensor, covariance: Tensor, places: tuple[slice, ..
     return torch.stack(rows, -2).sqrt()
 
 
-def variance_shares(dynamics: Tensor, own_noise: Tensor, shared: Tensor, group: Tensor) -> Tensor:
-    r"""Share of each group's stationary variance that comes from the noise of every source, (*batch, target, source).
+def variance_shares(dynamics: Tensor, noises: Tensor, places: Sequence[Place]) -> Tensor:
+    r"""Share of each group's stationary variance that every origin of noise accounts for, (*batch, target, origin).
 
-    :math:`\mathrm{tr}(\Sigma_{rr}^{-1} \Sigma_{rr}^{(s)}) / d_r`, with :math:`\Sigma^{(s)}` the stationary covariance
-    under the noise of s alone. Sources are the groups from 0, the groups -1, -2, ..., and the shared innovations, if
-    there are any; shares of a target sum to one.
+    .. math::
+        \Sigma^{(o)} = A \Sigma^{(o)} A^\top + Q^{(o)}, \qquad
+        \mathrm{share}_{r o} = \mathrm{tr}\big(\Sigma_{rr}^{-1} \Sigma_{rr}^{(o)}\big) / d_r, \qquad
+        \Sigma = \textstyle\sum_o \Sigma^{(o)},
+
+    so that the shares of a target sum to one.
 
     Parameters
     ----------
     dynamics : Tensor, (*batch, latent, latent)
-    own_noise : Tensor, (*batch, latent, latent)
-        Block-diagonal over groups.
-    shared : Tensor, (*batch, latent, shared)
-    group : Tensor, (latent,)
-        The group of every latent, from 0; negative numbers are sources without being targets.
+    noises : Tensor, (*batch, origin, latent, latent)
+        The process noise in its parts; see `noise_by_group`.
+    places : sequence
+        Where the latents of each target stand.
     """
-    targets = int(group.max()) + 1
-    sources = [group == r for r in range(targets)]
-    sources += [group == int(g) for g in sorted(set(group[group < 0].tolist()), reverse=True)]
-    noises = [torch.where(held, own_noise, 0.0) for held in sources]
-    if shared.shape[-1]:
-        noises.append((shared @ shared.mT).expand_as(own_noise))
-    parts = stationary_covariance(dynamics.unsqueeze(-3), torch.stack(noises, -3))
-    total = parts.sum(-3)
-    rows = []
-    for r in range(targets):
-        at = (group == r).nonzero().squeeze(-1)
-        whole = total[..., at[:, None], at].unsqueeze(-3)
-        rows.append(torch.linalg.solve(whole, parts[..., at[:, None], at]).diagonal(dim1=-2, dim2=-1).mean(-1))
-    return torch.stack(rows, -2)
+    parts = stationary_covariance(dynamics.unsqueeze(-3), noises)
+    total = parts.sum(-3, keepdim=True)
+    rows = [torch.linalg.solve(block(total, at, at), block(parts, at, at)) for at in places]
+    return torch.stack([row.diagonal(dim1=-2, dim2=-1).mean(-1) for row in rows], -2)
+
+
+def noise_by_group(noise: Tensor, places: Sequence[Place]) -> Tensor:
+    """Block-diagonal noise (*batch, latent, latent) as the sum of what each group adds, (*batch, group, latent,
+    latent)."""
+    parts = []
+    for place in places:
+        held = torch.zeros(noise.shape[-1], dtype=torch.bool, device=noise.device)
+        held[place] = True
+        parts.append(torch.where(held.unsqueeze(-1) & held, noise, 0.0))
+    return torch.stack(parts, -3)

@@ -15,7 +15,13 @@ from torch import Tensor
 from pyrodyn.distributions import GaugedLoading, GaussMarkov, NetworkLayout, NetworkPrior, network_layout
 from pyrodyn.distributions.network import LEVEL_PERSISTENCE
 from pyrodyn.errors import ModelError
-from pyrodyn.linalg.stationary import block_strength, spectral_radius, stationary_covariance, variance_shares
+from pyrodyn.linalg.stationary import (
+    block_strength,
+    noise_by_group,
+    spectral_radius,
+    stationary_covariance,
+    variance_shares,
+)
 from pyrodyn.models import _regions
 from pyrodyn.models._regions import BUMPS, GLOBAL, INITIAL, INNOVATION_SD, LEVEL, SIGNAL, Edge, MultiRegionParameters
 from pyrodyn.models._regions_sweep import RegionSweep
@@ -213,11 +219,16 @@ class MultiRegionLDS(StateSpaceModel):
 
     def process_noise(self, parameters: MultiRegionParameters, layout: NetworkLayout) -> Tensor:
         """Covariance of the innovations, private and shared, (*draw, 1, latent, latent)."""
-        shared, like = parameters.innovation_loading, parameters.dynamics
+        own, shared = self.own_noise(parameters, layout), parameters.innovation_loading
+        return own if shared is None else own + shared @ shared.mT
+
+    def own_noise(self, parameters: MultiRegionParameters, layout: NetworkLayout) -> Tensor:
+        """Covariance of the private innovations, diagonal, (*draw, 1, latent, latent)."""
+        like = parameters.dynamics
         own = torch.ones(layout.size, dtype=like.dtype, device=like.device)
         if layout.level:
             own[-1] = 1.0 - LEVEL_PERSISTENCE**2
-        return own.diag().expand_as(like) if shared is None else own.diag() + shared @ shared.mT
+        return own.diag().expand_as(like)
 
     def drift(self, parameters: MultiRegionParameters, recording: Recording) -> Tensor | None:
         """What inputs add to the latents from the second bin on, (*draw, trial, time - 1, latent), or None."""
@@ -327,9 +338,11 @@ class MultiRegionLDS(StateSpaceModel):
             ahead = loading @ moved
             lagged = (ahead * loading).sum(-1)
             turned = ((ahead - loading @ moved.mT) * loading.roll(-1, -2)).sum(-1)
-            shared = parameters.innovation_loading
-            shared = dynamics.new_zeros(*dynamics.shape[:-1], 0) if shared is None else shared
-            shares = variance_shares(dynamics, noise - shared @ shared.mT, shared, layout.group)
+            noises = noise_by_group(self.own_noise(parameters, layout), layout.origins)
+            if parameters.innovation_loading is not None:
+                common = parameters.innovation_loading @ parameters.innovation_loading.mT
+                noises = torch.cat([noises, common.unsqueeze(-3)], -3)
+            shares = variance_shares(dynamics, noises, layout.places)
         found: Labelled = {
             "coupling_strength": (("target", "source"), block_strength(dynamics, covariance, layout.places)),
             "presence": (("target", "source"), layout.presence(dynamics).to(dynamics.dtype)),

@@ -1,4 +1,7 @@
-"""Pictures of who drives whom; see the package."""
+"""Pictures of who drives whom; see the package.
+
+``graph`` is always what `pyrodyn.coupling_graph` returned; anything else is a `CouplingError`.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,6 @@ def plot_coupling_graph(graph: xr.Dataset) -> Figure:
     Parameters
     ----------
     graph : xarray.Dataset
-        From `pyrodyn.coupling_graph`.
 
     Returns
     -------
@@ -37,11 +39,6 @@ def plot_coupling_graph(graph: xr.Dataset) -> Figure:
         Width of an edge: the mean strength. Opacity: the probability that the edge is there, full where it is unknown.
         Colour: whether the gain, the summed direct response of the target's mean readout, is rather positive or
         negative. Area of a node: its number of units.
-
-    Raises
-    ------
-    CouplingError
-        For anything but a coupling graph.
     """
     net = to_networkx(graph)
     names = list(net.nodes)
@@ -130,20 +127,14 @@ def plot_strengths(graph: xr.Dataset, hdi_prob: float = 0.9) -> Figure:
     Parameters
     ----------
     graph : xarray.Dataset
-        From `pyrodyn.coupling_graph`.
     hdi_prob : float
-        Probability of the highest-density interval.
+        Probability of the highest-density interval, in (0, 1).
 
     Returns
     -------
     matplotlib.figure.Figure
         A row for each edge, strongest first: mean and interval. Edges that are rather absent are grey. On the right,
         the probability of presence, where it is known.
-
-    Raises
-    ------
-    CouplingError
-        For anything but a coupling graph, or a probability outside (0, 1).
     """
     table = edge_table(graph, hdi_prob)
     regions = table["target"].values.tolist()
@@ -183,7 +174,6 @@ def plot_impulse_responses(graph: xr.Dataset) -> Figure:
     Parameters
     ----------
     graph : xarray.Dataset
-        From `pyrodyn.coupling_graph`.
 
     Returns
     -------

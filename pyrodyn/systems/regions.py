@@ -1,4 +1,7 @@
-r"""Regions that drive each other, loops included, and what imitates them: common drives without any coupling."""
+r"""Regions that drive each other, loops included, and what imitates them: common drives without any coupling.
+
+An option out of its range is a ValueError that names it.
+"""
 
 from __future__ import annotations
 
@@ -72,11 +75,6 @@ def coupled_regions(
           :math:`\Sigma^{(o)}` the stationary covariance under noise in the origin o alone; rows sum to one;
         - ``latents`` (trial, time, latent) and ``rates`` (trial, time, unit), in events a bin.
 
-    Raises
-    ------
-    ValueError
-        For an option out of its range.
-
     Notes
     -----
     Within a region :math:`A_{rr}` consists of rotations of radius .93 by .08 to .3 radians a bin, one for every pair
@@ -88,8 +86,7 @@ def coupled_regions(
     :math:`\exp(d_n + m^2 / 2)`, so that :math:`d_n = \log(\text{mean count}) - m^2 / 2` makes the mean count right.
     """
     options = dict(locals())
-    _check(options)
-    size = whole("regions", regions, 1)
+    size = _check(options)
     number("density", density, least=0.0, most=1.0)
     if loop and size < 2:
         raise ValueError(f"loop=True needs two regions, got regions={regions}; pass loop=False")
@@ -140,11 +137,6 @@ def feedback_loop(
     System
         The truth is that of `coupled_regions`. With a delay above 1, ``dynamics`` is (lag, latent, latent_from), and
         the strength of an edge is that of its block at its lag.
-
-    Raises
-    ------
-    ValueError
-        For an option out of its range.
     """
     options = dict(locals())
     _check(options)
@@ -199,19 +191,13 @@ def uncoupled_regions(
         common innovations. A time-locked drive adds ``drive`` (time) and ``drift`` (time, latent); variances and shares
         are then about the mean path, which starts at zero and is the same in all trials.
 
-    Raises
-    ------
-    ValueError
-        For an option out of its range.
-
     Notes
     -----
     With a time-locked drive each row of the loading is scaled by the variance over trials and time together, and the
     offset is such that the expected count, averaged over the bins, is ``mean_count``.
     """
     options = dict(locals())
-    _check(options)
-    size = whole("regions", regions, 1)
+    size = _check(options)
     one_of("drive", drive, ("none", "white", "slow", "time-locked"))
     number("drive_size", drive_size, above=0.0)
     rng = np.random.default_rng(seed)
@@ -227,8 +213,8 @@ def uncoupled_regions(
     return _observed(system, rng, "uncoupled_regions", options)
 
 
-def _check(options: dict[str, Any]) -> None:
-    """The options that all systems of regions share."""
+def _check(options: dict[str, Any]) -> int:
+    """The options that systems of regions share; returns the number of regions, 0 where they follow from the kind."""
     for name in ("latents", "units", "trials", "bins"):
         whole(name, options[name], 1)
     whole("seed", options["seed"], 0)
@@ -239,6 +225,7 @@ def _check(options: dict[str, Any]) -> None:
             number(name, options[name], least=0.0)
     if not -1.0 < number("global_persistence", options.get("global_persistence", 0.0)) < 1.0:
         raise ValueError(f"global_persistence must lie between -1 and 1, got {options['global_persistence']!r}")
+    return whole("regions", options["regions"], 1) if "regions" in options else 0
 
 
 def _regions(rng: np.random.Generator, delays: np.ndarray, options: dict[str, Any]) -> Regions:
