@@ -198,7 +198,7 @@ def predict(
         ``path`` and ``path_sd`` (trial, time, latent) or ``mode_probability`` (trial, time, mode).
     """
     model = model_of(posterior) if model is None else model
-    _same_units(posterior, recording)
+    same_units(posterior, recording)
     parameters = parameters_of(posterior, model, draws)
     parts: dict[str, list[np.ndarray]] = {}
     dims: dict[str, tuple[str, ...]] = dict.fromkeys(EXPECTED, ("trial", "time", "unit"))
@@ -239,7 +239,8 @@ def _bands(expected: Tensor, drawn: Tensor) -> Labelled:
     return {name: (axes, value) for name, value in zip(EXPECTED, values, strict=True)}
 
 
-def _same_units(posterior: xr.DataTree, recording: Recording) -> None:
+def same_units(posterior: xr.DataTree, recording: Recording) -> None:
+    """Refuse a recording whose units are not those of the posterior, in their order."""
     fitted: Any = posterior["posterior"].coords["unit"].values
     if len(fitted) != recording.num_units or not np.array_equal(fitted.astype(str), recording.unit.astype(str)):
         missing = sorted(set(fitted.astype(str).tolist()) - set(recording.unit.astype(str).tolist()))[:5]

@@ -2,6 +2,7 @@
 
 from pyrodyn.coupling.exchange import node_link_json, to_networkx, write_graphml
 from pyrodyn.coupling.graph import coupling_graph
+from pyrodyn.coupling.intervention import intervene
 from pyrodyn.coupling.presence import savage_dickey
 from pyrodyn.coupling.questions import compare_edges, edges_into, graph_metrics
 from pyrodyn.coupling.summary import edge_table
@@ -14,6 +15,7 @@ __all__ = [
     "edge_table",
     "edges_into",
     "graph_metrics",
+    "intervene",
     "node_link_json",
     "savage_dickey",
     "to_networkx",

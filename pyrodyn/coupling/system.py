@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -75,19 +76,18 @@ class System:
         return np.where(self.stable[(...,) + (None,) * (values.ndim - 2)], values, np.nan)
 
 
-def read_system(posterior: xr.DataTree) -> System:
-    """Regions and draws of a posterior; see `coupling_graph` for what it needs and what is raised."""
-    if not isinstance(posterior, xr.DataTree) or "posterior" not in posterior.children:
-        raise CouplingError(
-            f"posterior: got {type(posterior).__name__} without a group 'posterior'; pass what fit or load returned"
-        )
+class Places(NamedTuple):
+    """Whose the latents and the units of a posterior are; see `System`."""
+
+    regions: list[str]
+    global_name: str
+    latents: dict[str, np.ndarray]
+    units: dict[str, np.ndarray]
+
+
+def read_places(posterior: xr.DataTree) -> Places:
+    """Whose the latents and the units are; see `coupling_graph` for what is raised."""
     draws = posterior["posterior"].to_dataset()
-    lacking = [name for name in ("dynamics", "process_noise", "loading") if name not in draws]
-    if lacking:
-        raise CouplingError(
-            f"posterior: has no {', '.join(map(repr, lacking))} among {', '.join(map(repr, draws.data_vars))}; "
-            "coupling is read from linear dynamics (latent, latent_from): fit models.MultiRegionLDS"
-        )
     global_name = str(draws.attrs.get("global_name", posterior.attrs.get("global_name", GLOBAL)))
     of_latent = _region_of_latents(draws)
     of_unit = _region_of_units(posterior, draws)
@@ -105,22 +105,36 @@ def read_system(posterior: xr.DataTree) -> System:
             f"posterior: region {', '.join(map(repr, silent))} has latents but no units; the units are of "
             f"{', '.join(map(repr, dict.fromkeys(of_unit.tolist())))}: give latents and units the same names of regions"
         )
+    return Places(regions, global_name, latents, units)
+
+
+def read_system(posterior: xr.DataTree) -> System:
+    """Regions and draws of a posterior; see `coupling_graph` for what it needs and what is raised."""
+    if not isinstance(posterior, xr.DataTree) or "posterior" not in posterior.children:
+        raise CouplingError(
+            f"posterior: got {type(posterior).__name__} without a group 'posterior'; pass what fit or load returned"
+        )
+    draws = posterior["posterior"].to_dataset()
+    lacking = [name for name in ("dynamics", "process_noise", "loading") if name not in draws]
+    if lacking:
+        raise CouplingError(
+            f"posterior: has no {', '.join(map(repr, lacking))} among {', '.join(map(repr, draws.data_vars))}; "
+            "coupling is read from linear dynamics (latent, latent_from): fit models.MultiRegionLDS"
+        )
+    places = read_places(posterior)
     dynamics, noise = (_square(draws, name) for name in ("dynamics", "process_noise"))
     shared = np.zeros_like(noise)
     if "innovation_loading" in draws:
         shared_loading = draws["innovation_loading"].transpose("chain", "draw", "latent", ...).values.astype(float)
         shared = shared_loading @ np.swapaxes(shared_loading, -1, -2)
-    _check_noise(noise - shared, latents)
+    _check_noise(noise - shared, places.latents)
     stable = spectral_radius(torch.from_numpy(dynamics)).numpy() < 1.0
     stable &= np.isfinite(dynamics).all((-2, -1))
     if not stable.all():
         _complain(stable)
         dynamics = np.where(stable[..., None, None], dynamics, 0.0)
     return System(
-        regions,
-        global_name,
-        latents,
-        units,
+        *places,
         draws["unit"].values,
         dynamics,
         noise,

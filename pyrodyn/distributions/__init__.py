@@ -3,5 +3,6 @@
 from pyrodyn.distributions.gauss_markov import GaussMarkov
 from pyrodyn.distributions.loading import GaugedLoading
 from pyrodyn.distributions.network import NetworkLayout, NetworkPrior, network_layout
+from pyrodyn.distributions.transition import Transition
 
-__all__ = ["GaugedLoading", "GaussMarkov", "NetworkLayout", "NetworkPrior", "network_layout"]
+__all__ = ["GaugedLoading", "GaussMarkov", "NetworkLayout", "NetworkPrior", "Transition", "network_layout"]

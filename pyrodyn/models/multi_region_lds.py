@@ -12,7 +12,14 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyrodyn.distributions import GaugedLoading, GaussMarkov, NetworkLayout, NetworkPrior, network_layout
+from pyrodyn.distributions import (
+    GaugedLoading,
+    GaussMarkov,
+    NetworkLayout,
+    NetworkPrior,
+    Transition,
+    network_layout,
+)
 from pyrodyn.distributions.network import LEVEL_PERSISTENCE
 from pyrodyn.errors import ModelError
 from pyrodyn.linalg.stationary import (
@@ -164,14 +171,7 @@ class MultiRegionLDS(StateSpaceModel):
         )
 
     def latent_path(self, parameters: MultiRegionParameters, recording: Recording) -> GaussMarkov:
-        layout = self.layout(recording)
-        return GaussMarkov.from_dynamics(
-            parameters.dynamics,
-            self.process_noise(parameters, layout),
-            num_bins=recording.num_bins,
-            initial_covariance=torch.diag_embed(parameters.initial_variance),
-            drift=self.drift(parameters, recording),
-        )
+        return self.transition(parameters, recording).path(recording.num_bins)
 
     def readout_law(self, parameters: MultiRegionParameters, path: Tensor, recording: Recording) -> AffineReadout:
         return AffineReadout(
@@ -216,6 +216,15 @@ class MultiRegionLDS(StateSpaceModel):
     def design(self, recording: Recording) -> Tensor:
         """The time-locked input :math:`\\varphi` of every trial, (trial, time, condition x bump)."""
         return _regions.design(self, recording)
+
+    def transition(self, parameters: MultiRegionParameters, recording: Recording) -> Transition:
+        """The step from bin to bin, which an intervention changes; see `pyrodyn.intervene`."""
+        return Transition(
+            parameters.dynamics,
+            self.process_noise(parameters, self.layout(recording)),
+            torch.diag_embed(parameters.initial_variance),
+            self.drift(parameters, recording),
+        )
 
     def process_noise(self, parameters: MultiRegionParameters, layout: NetworkLayout) -> Tensor:
         """Covariance of the innovations, private and shared, (*draw, 1, latent, latent)."""

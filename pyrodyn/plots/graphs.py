@@ -15,6 +15,7 @@ from matplotlib.patches import FancyArrowPatch
 
 from pyrodyn.coupling import aligned_dynamics, edge_table, to_networkx
 from pyrodyn.coupling.summary import stable_draws
+from pyrodyn.errors import CouplingError
 from pyrodyn.plots.panels import COLOURS, GREY, new_figure, styled
 
 WIDEST = 6.0  # points: the strongest edge
@@ -220,6 +221,54 @@ def plot_impulse_responses(graph: xr.Dataset) -> Figure:
     figure.supxlabel("lag (ms)", fontsize=8.0)
     figure.supylabel("response of the mean linear predictor", fontsize=8.0)
     figure.legend(*panels[1, 0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    return figure
+
+
+@styled
+def plot_intervention(effect: xr.Dataset) -> Figure:
+    """What an intervention changes in every region: expected activity with and without, and the difference.
+
+    Parameters
+    ----------
+    effect : xarray.Dataset
+        From `pyrodyn.intervene`.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        A row for each region, means over its units and over trials: posterior mean and pointwise 90% band. A region is
+        left blank where it is held silent.
+
+    Raises
+    ------
+    CouplingError
+        For anything but what `intervene` returned.
+    """
+    if not isinstance(effect, xr.Dataset) or "region_expected" not in effect:
+        raise CouplingError(
+            f"effect: got {type(effect).__name__} without 'region_expected'; pass what intervene returned"
+        )
+    names = effect["target"].values.tolist()
+    figure = new_figure(6.4, 0.9 + 1.1 * len(names))
+    panels = figure.subplots(len(names), 2, sharex=True, squeeze=False)
+    changed, factual = effect["region_expected"], effect["region_factual"]
+    series = (
+        ((factual, "as it was", GREY), (changed, "under the intervention", COLOURS[0])),
+        ((changed - factual, "difference", COLOURS[1]),),
+    )
+    for row, name in zip(panels, names, strict=True):
+        for panel, curves in zip(row, series, strict=True):
+            for values, label, colour in curves:
+                drawn = values.sel(target=name)
+                low, high = drawn.quantile((0.05, 0.95), "path_draw", skipna=False).values
+                panel.fill_between(effect["time"], low, high, color=colour, alpha=0.25, linewidth=0)
+                panel.plot(effect["time"], drawn.mean("path_draw", skipna=False), color=colour, label=label)
+        row[0].set_title(name, fontsize=8.0, pad=2.0)
+        row[1].axhline(0.0, color="black", linewidth=0.6)
+    handles = [panel.get_legend_handles_labels() for panel in panels[0]]
+    figure.legend(*(left + right for left, right in zip(*handles, strict=True)), loc="outside upper right", ncols=3)
+    figure.supxlabel("time (s)", fontsize=8.0)
+    figure.supylabel(f"mean of the region's units ({effect['expected'].attrs['units']})", fontsize=8.0)
     return figure
 
 
