@@ -113,7 +113,9 @@ def test_gibbs_agrees_with_hmc_where_all_edges_are_there():
         ours, theirs = (p["invariants"][name].stack(sample=("chain", "draw")) for p in (gibbs, hmc))
         apart = abs(ours.mean("sample") - theirs.mean("sample")) / theirs.std("sample")
         assert float(apart.max()) < 0.35, name
-        spread = ours.std("sample") / theirs.std("sample")
+        # Of 80% of the draws: near the border of stability a draw in a thousand decides a standard deviation.
+        wide = [part.quantile(0.9, "sample") - part.quantile(0.1, "sample") for part in (ours, theirs)]
+        spread = wide[0] / wide[1]
         assert float(spread.min()) > 0.7 and float(spread.max()) < 1.4, name
 
 

@@ -140,6 +140,12 @@ MODELS += (
         REGIONS,
     ),
     Row(
+        "MultiRegionLDS-Poisson-horseshoe",
+        models.MultiRegionLDS(1, edge_prior="horseshoe", shared_innovations=0, time_bumps=0),
+        lambda: blank(),
+        REGIONS,
+    ),
+    Row(
         "MultiRegionLDS-NegativeBinomial-one-trial",
         models.MultiRegionLDS(
             1, global_dim=0, shared_innovations=0, edge_probability=1.0, readout=readouts.NegativeBinomial()

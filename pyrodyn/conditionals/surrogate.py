@@ -49,7 +49,10 @@ class Quadratic(NamedTuple):
 
 
 class NetworkProposal:
-    """There-and-back Gibbs runs over the regions under a `Quadratic` and the prior."""
+    """There-and-back Gibbs runs over the regions under a `Quadratic` and the prior.
+
+    The precision of an entry's prior, (chain or 1, entry), comes with every call: it may differ between chains.
+    """
 
     def __init__(self, prior: NetworkPrior) -> None:
         layout = prior.layout
@@ -57,21 +60,21 @@ class NetworkProposal:
         row_region = layout.group[layout.rows]
         for r in range(layout.num_regions):
             entries = (row_region == r).nonzero().squeeze(-1)
-            which = [i for i, (target, _) in enumerate(layout.edges) if target == r]
+            which = [i for i in prior.uncertain if layout.edges[i][0] == r]
             edge = layout.edge[entries]
             columns = [(edge == i).nonzero().squeeze(-1) for i in which]
-            sets = SourceSets(columns, (edge < 0).nonzero().squeeze(-1), prior.probability[which])
+            always = ~torch.isin(edge, torch.tensor(which, dtype=edge.dtype))
+            sets = SourceSets(columns, always.nonzero().squeeze(-1), prior.probability[which])
             self.blocks.append((entries, sets, which))
         common = (row_region < 0).nonzero().squeeze(-1)
         if len(common):
             self.blocks.append((common, SourceSets([], torch.arange(len(common)), prior.probability[:0]), []))
 
-    def draw(self, quadratic: Quadratic, vector: Tensor) -> Tensor:
+    def draw(self, quadratic: Quadratic, vector: Tensor, weight: Tensor) -> Tensor:
         """Another network (chain, entry)."""
         vector, (centre, slope, information) = vector.clone(), quadratic
         present = self.prior.present(vector)
         order = torch.randperm(len(self.blocks)).tolist()
-        weight = self.prior.sd_entry.reciprocal().square()
         for block in [*order, *reversed(order[:-1])]:
             entries, sets, which = self.blocks[block]
             gram = information[:, entries[:, None], entries]
@@ -81,18 +84,20 @@ class NetworkProposal:
                 gram,
                 pull.unsqueeze(-1),
                 self.prior.mean_entry[entries].unsqueeze(-1),
-                weight[entries].expand(len(vector), -1),
+                weight[:, entries].expand(len(vector), -1),
                 present[:, which],
             )
             vector[:, entries] = coefficients.squeeze(-1)
         return vector
 
-    def step(self, block: int, vector: Tensor, slope: Tensor, information: Tensor) -> tuple[Tensor, Step]:
+    def step(
+        self, block: int, vector: Tensor, slope: Tensor, information: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Step]:
         """Networks (chain, entry) with one region's rows anew, from the slope where they are."""
         entries, sets, which = self.blocks[block]
         present = self.prior.present(vector)[:, which]
         source = int(torch.randint(sets.count, ())) if sets.count > ENUMERATED else None
-        law = self._law(block, vector, slope, information)
+        law = self._law(block, vector, slope, information, weight)
         log_density = torch.zeros(len(vector), dtype=vector.dtype)
         if sets.count:
             candidates = sets.candidates(present, source)
@@ -105,11 +110,18 @@ class NetworkProposal:
         return moved, Step(log_density, source)
 
     def log_density(
-        self, block: int, vector: Tensor, slope: Tensor, information: Tensor, target: Tensor, step: Step
+        self,
+        block: int,
+        vector: Tensor,
+        slope: Tensor,
+        information: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        step: Step,
     ) -> Tensor:
         """Log density of a step of the same kind from ``vector`` to ``target``, (chain)."""
         entries, sets, which = self.blocks[block]
-        law = self._law(block, vector, slope, information)
+        law = self._law(block, vector, slope, information, weight)
         present = self.prior.present(target)[:, which]
         found = law.log_density(target[:, entries].unsqueeze(-1), present)
         if sets.count:
@@ -117,12 +129,12 @@ class NetworkProposal:
             found = found + _of_set(law.log_probabilities(candidates), candidates, present)
         return found
 
-    def _law(self, block: int, vector: Tensor, slope: Tensor, information: Tensor) -> SourceLaw:
+    def _law(self, block: int, vector: Tensor, slope: Tensor, information: Tensor, weight: Tensor) -> SourceLaw:
         entries, sets, _ = self.blocks[block]
         gram = information[:, entries[:, None], entries]
         pull = slope[:, entries].unsqueeze(-1) + gram @ vector[:, entries].unsqueeze(-1)
-        weight = self.prior.sd_entry[entries].reciprocal().square()
-        return SourceLaw(sets, gram, pull, self.prior.mean_entry[entries].unsqueeze(-1), weight.expand(len(vector), -1))
+        mean = self.prior.mean_entry[entries].unsqueeze(-1)
+        return SourceLaw(sets, gram, pull, mean, weight[:, entries].expand(len(vector), -1))
 
 
 class Step(NamedTuple):

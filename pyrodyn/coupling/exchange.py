@@ -13,7 +13,7 @@ import xarray as xr
 from pyrodyn._files import write_atomically
 from pyrodyn.coupling.summary import SAMPLE, checked, edge_table
 
-EDGE_NUMBERS = ("mean", "sd", "hdi_low", "hdi_high", "share", "p_present", "gain", "p_sign", "delay")
+EDGE_NUMBERS = ("mean", "sd", "hdi_low", "hdi_high", "share", "p_present", "p_rope", "gain", "p_sign", "delay")
 
 
 def to_networkx(graph: xr.Dataset, hdi_prob: float = 0.9) -> nx.DiGraph:
@@ -30,7 +30,8 @@ def to_networkx(graph: xr.Dataset, hdi_prob: float = 0.9) -> nx.DiGraph:
     -------
     networkx.DiGraph
         An edge from source to target, unless its strength is zero in every draw, with ``mean``, ``sd``, ``hdi_low``,
-        ``hdi_high`` of the strength, ``share`` of the target's variance, ``p_present``, ``gain``, ``p_sign`` (the
+        ``hdi_high`` of the strength, ``share`` of the target's variance, ``p_present``, ``p_rope`` (the
+        probability that the strength exceeds the attribute ``rope`` of the graph), ``gain``, ``p_sign`` (the
         probability that the summed direct response is positive, given the edge) and ``delay`` in seconds. What is
         unknown is left out. Nodes have ``units``, ``latents`` and ``self_share``, the share of a region's variance that
         stems from its own noise.
@@ -45,6 +46,7 @@ def to_networkx(graph: xr.Dataset, hdi_prob: float = 0.9) -> nx.DiGraph:
     built = nx.DiGraph(
         hdi_prob=float(hdi_prob),
         bin_width=float(graph.attrs["bin_width"]),
+        rope=float(graph["exceeds_rope"].attrs["rope"]),
         p_present_estimator=str(graph["probability"].attrs.get("estimator", "")),
     )
     for name in regions:

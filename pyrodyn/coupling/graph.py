@@ -16,6 +16,7 @@ from pyrodyn.coupling.system import SHARED_INNOVATIONS, System, read_system
 from pyrodyn.errors import CouplingError
 
 FREQUENCIES = 33  # from zero to the Nyquist frequency
+ROPE = 0.05  # such a block makes at most 1 / 400 of the variance of a latent in the next bin
 EDGE = ("chain", "draw", "target", "source")
 
 
@@ -26,6 +27,7 @@ def coupling_graph(
     frequencies: Sequence[float] | None = None,
     edge_prior_sd: float | np.ndarray | None = None,
     edge_prior_probability: float | np.ndarray | None = None,
+    rope: float = ROPE,
 ) -> xr.Dataset:
     r"""Posterior of the graph of regions, each edge with its strength, share, presence, subspace, gain and spectrum.
 
@@ -48,6 +50,8 @@ def coupling_graph(
     edge_prior_sd, edge_prior_probability : float or (target, source), optional
         The prior of an edge's entries and of its presence, for `savage_dickey`; by default the posterior's attributes
         of these names. Only used without a variable ``presence``.
+    rope : float
+        Half the width of the region of practical equivalence: strengths up to it count as none.
 
     Returns
     -------
@@ -55,7 +59,9 @@ def coupling_graph(
         - ``strength`` (chain, draw, target, source): dimensionless; the diagonal is a region's hold on itself.
         - ``variance_share`` (chain, draw, target, origin): share of the target's variance that stems from the noise of
           each region, of ``global``, and of ``shared innovations``; sums to one.
-        - ``probability`` (target, source): that the edge is there; the attribute ``estimator`` says from what.
+        - ``probability`` (target, source): that the edge is there; the attribute ``estimator`` says from what. Under
+          a continuous prior, a horseshoe, no edge is ever quite absent, and this is ``exceeds_rope``.
+        - ``exceeds_rope`` (target, source): the probability that the strength is above ``rope``, an attribute.
         - ``presence`` (chain, draw, target, source): 0 or 1, where the model sampled it.
         - ``singular_values`` (..., target, source, rank), ``source_pattern`` (chain, draw, target, rank, unit) and
           ``target_pattern`` (chain, draw, source, rank, unit): the communication subspace, shown in the readout.
@@ -78,6 +84,8 @@ def coupling_graph(
     pyrodyn.coupling.measures, pyrodyn.coupling.spectra, pyrodyn.coupling.presence : the equations and their sources.
     """
     system = read_system(posterior)
+    if isinstance(rope, bool) or not isinstance(rope, int | float) or not 0.0 <= rope < np.inf:
+        raise CouplingError(f"rope: got {rope!r}; expected a strength of 0 or more, such as {ROPE:g}")
     if not isinstance(lags, int) or lags < 1:
         raise CouplingError(f"lags: got {lags!r}; expected a whole number of bins, at least 1")
     hertz = _frequencies(frequencies, system.bin_width)
@@ -99,7 +107,13 @@ def coupling_graph(
     }
     variables: dict[str, Any] = {name: (dims, system.blot(values)) for name, (dims, values) in found.items()}
     priors = (edge_prior_sd, edge_prior_probability)
-    presence, probability, estimator = _presence(posterior, system, priors)
+    exceeds = (strength > rope)[system.stable].mean(0)
+    variables["exceeds_rope"] = (EDGE[2:], exceeds, {"rope": float(rope)})
+    if _attribute(posterior, "edge_prior", plain=True) == "horseshoe":
+        presence, probability = None, exceeds
+        estimator = f"share of the draws with a strength above {rope:g}, the prior being continuous"
+    else:
+        presence, probability, estimator = _presence(posterior, system, priors)
     if presence is not None:
         variables["presence"] = (EDGE, presence)
     variables["probability"] = (EDGE[2:], probability, {"estimator": estimator})
@@ -184,7 +198,7 @@ def _presence(
     return None, probability, "Savage-Dickey ratio, posterior density at zero taken as normal"
 
 
-def _attribute(posterior: xr.DataTree, name: str) -> Any:
-    """A number or an array of numbers, which files keep as JSON; from the group or the root."""
+def _attribute(posterior: xr.DataTree, name: str, plain: bool = False) -> Any:
+    """From the group or the root: a word, or a number or an array of numbers, which files keep as JSON."""
     value = posterior["posterior"].attrs.get(name, posterior.attrs.get(name))
-    return json.loads(value) if isinstance(value, str) else value
+    return json.loads(value) if isinstance(value, str) and not plain else value

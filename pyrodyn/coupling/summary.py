@@ -55,11 +55,12 @@ def edge_table(graph: xr.Dataset, hdi_prob: float = 0.9) -> xr.Dataset:
     -------
     xarray.Dataset
         ``mean``, ``sd``, ``hdi_low``, ``hdi_high`` of the strength; ``share``, the mean share of the target's variance
-        that stems from the source's own noise; ``p_present``, NaN where unknown; ``gain``, the mean of the summed
+        that stems from the source's own noise; ``p_present``, NaN where unknown; ``p_rope``, the probability that the
+        strength exceeds the graph's region of practical equivalence; ``gain``, the mean of the summed
         direct impulse response; ``p_sign``, the probability that it is positive, among the draws that have the edge;
         ``delay``, the median lag in seconds at which the direct response is largest, among the same draws.
     """
-    checked(graph, ("strength", "impulse_response", "variance_share", "probability"))
+    checked(graph, ("strength", "impulse_response", "variance_share", "probability", "exceeds_rope"))
     probability_of("hdi_prob", hdi_prob)
     chosen = stable_draws(graph[["strength", "impulse_response", "variance_share"]])
     strength, response = chosen["strength"], chosen["impulse_response"]
@@ -77,6 +78,7 @@ def edge_table(graph: xr.Dataset, hdi_prob: float = 0.9) -> xr.Dataset:
             "hdi_high": interval.isel(ci_bound=1, drop=True),
             "share": share,
             "p_present": graph["probability"],
+            "p_rope": graph["exceeds_rope"],
             "gain": gain.mean("sample", skipna=False),
             "p_sign": (gain > 0.0).sum("sample") / count.where(count > 0),
             "delay": _median(peak.where(moved)),

@@ -1,8 +1,17 @@
 """Whole trajectories, gauged matrices, and networks of dynamics, as single random variables."""
 
 from pyrodyn.distributions.gauss_markov import GaussMarkov
+from pyrodyn.distributions.horseshoe import HorseshoeNetwork
 from pyrodyn.distributions.loading import GaugedLoading
 from pyrodyn.distributions.network import NetworkLayout, NetworkPrior, network_layout
 from pyrodyn.distributions.transition import Transition
 
-__all__ = ["GaugedLoading", "GaussMarkov", "NetworkLayout", "NetworkPrior", "Transition", "network_layout"]
+__all__ = [
+    "GaugedLoading",
+    "GaussMarkov",
+    "HorseshoeNetwork",
+    "NetworkLayout",
+    "NetworkPrior",
+    "Transition",
+    "network_layout",
+]

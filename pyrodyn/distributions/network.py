@@ -3,6 +3,7 @@ r"""The dynamics of coupled regions as one random variable: which edges are ther
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -155,7 +156,7 @@ def network_layout(
     return NetworkLayout(dims, num_globals, level, edges)
 
 
-class _Stable(Constraint):
+class StableNetwork(Constraint):
     """Vectors of a `NetworkLayout` whose dynamics are stable."""
 
     is_discrete = False
@@ -180,7 +181,7 @@ class _Tame(Transform):
     domain = constraints.real_vector
     bijective = True
 
-    def __init__(self, constraint: _Stable, cache_size: int = 0) -> None:
+    def __init__(self, constraint: StableNetwork, cache_size: int = 0) -> None:
         super().__init__(cache_size=cache_size)
         self.codomain, self.target, self.layout = constraint, constraint, constraint.layout
         self.coupled, self.slow = self.layout.coupled, self.layout.slow
@@ -224,9 +225,9 @@ def _log_slope(radius: Tensor) -> Tensor:
     return -(1.0 + 1.0 / POWER) * torch.log1p(radius**POWER)
 
 
-@biject_to.register(_Stable)
-@transform_to.register(_Stable)
-def _tame(constraint: _Stable) -> _Tame:
+@biject_to.register(StableNetwork)
+@transform_to.register(StableNetwork)
+def _tame(constraint: StableNetwork) -> _Tame:
     return _Tame(constraint)
 
 
@@ -262,7 +263,7 @@ class NetworkPrior(TorchDistribution):
 
     @property
     def support(self) -> Constraint:
-        return _Stable(self.layout)
+        return StableNetwork(self.layout)
 
     def expand(self, batch_shape, _instance=None) -> NetworkPrior:
         return NetworkPrior(self.layout, self.mean_entry, self.sd_entry, self.probability, batch_shape)
@@ -278,6 +279,11 @@ class NetworkPrior(TorchDistribution):
         present = self.present(value)
         return total + torch.where(present, self.probability.log() + blocks, torch.log1p(-self.probability)).sum(-1)
 
+    @property
+    def uncertain(self) -> list[int]:
+        """The edges that may be absent."""
+        return (self.probability < 1.0).nonzero().squeeze(-1).tolist()
+
     def present(self, value: Tensor) -> Tensor:
         """Which edges are there, (*batch, edge)."""
         held = self.layout.edge >= 0
@@ -290,27 +296,41 @@ class NetworkPrior(TorchDistribution):
         return log_stability(self.layout.matrix(value), self.layout)
 
     def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 (torch's own signature)
-        shape = torch.Size(sample_shape) + self.batch_shape
-        found = self.mean_entry.new_zeros(shape.numel(), *self.event_shape)
-        open_ = torch.arange(shape.numel())
-        for _ in range(TRIES):
-            copies = max(1, 256 // len(open_))
-            lead = (copies, len(open_))
+        def draw(lead: tuple[int, ...]) -> Tensor:
             drawn = self.mean_entry + self.sd_entry * torch.randn(*lead, *self.event_shape, dtype=torch.float64)
             there = torch.rand(*lead, len(self.layout.edges), dtype=torch.float64) < self.probability
             there = torch.cat([there, there.new_ones(*lead, 1)], -1)  # entry -1: always there
-            drawn = torch.where(there[..., self.layout.edge], drawn, 0.0)
-            kept = torch.rand(lead, dtype=torch.float64).log() < self.log_stability(drawn)
-            first = kept.to(torch.uint8).argmax(0)
-            hit = kept.any(0)
-            found[open_[hit]] = drawn[first, torch.arange(len(open_))][hit]
-            open_ = open_[~hit]
-            if not len(open_):
-                return found.reshape(shape + self.event_shape)
-        raise ModelError(
-            f"the prior of the dynamics is hardly ever stable: {len(open_)} of {shape.numel()} draws were not found in "
-            f"{TRIES} rounds; lower coupling_scale or persistence"
-        )
+            return torch.where(there[..., self.layout.edge], drawn, 0.0)
+
+        return sample_stable(torch.Size(sample_shape) + self.batch_shape, draw, self.log_stability)
+
+
+def sample_stable(
+    shape: torch.Size, draw: Callable[[tuple[int, ...]], Tensor], log_kept: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Draws (*shape, entry) of ``draw(lead)``, each kept with a probability and else drawn anew, whole.
+
+    Raises
+    ------
+    ModelError
+        Where next to none is kept.
+    """
+    found, open_ = None, torch.arange(shape.numel())
+    for _ in range(TRIES):
+        lead = (max(1, 256 // len(open_)), len(open_))
+        drawn = draw(lead)
+        if found is None:
+            found = drawn.new_zeros(shape.numel(), drawn.shape[-1])
+        kept = torch.rand(lead, dtype=torch.float64).log() < log_kept(drawn)
+        first, hit = kept.to(torch.uint8).argmax(0), kept.any(0)
+        found[open_[hit]] = drawn[first, torch.arange(len(open_))][hit]
+        open_ = open_[~hit]
+        if not len(open_):
+            return found.reshape(*shape, -1)
+    raise ModelError(
+        f"the prior of the dynamics is hardly ever stable: {len(open_)} of {shape.numel()} draws were not found in "
+        f"{TRIES} rounds; lower coupling_scale or persistence"
+    )
 
 
 _LOG_ROOT = 0.5 * math.log(2.0 * math.pi)

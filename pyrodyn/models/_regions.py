@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pyrodyn.models.multi_region_lds import MultiRegionLDS
 
 GLOBAL, LEVEL = "global", "trial level"  # names of what is common to all regions, beside the regions' own
+SPIKE, HORSESHOE = "spike-and-slab", "horseshoe"
 SIGNAL = (1.0, 0.02)  # shape and rate of the prior of a region's squared loading, per unit of innovation
 INITIAL = (1.5, 7.5)  # of the variance of the first state
 BUMPS = (1.0, 0.02)  # of the squared height of the time-locked input
@@ -253,6 +254,8 @@ def initial_values(model: MultiRegionLDS, recording: Recording) -> dict[str, Ten
     coupled = dynamics[: layout.regional, : layout.regional]
     coupled *= min(1.0, LARGEST / float(spectral_radius(coupled)))
     values["network"] = layout.vector(dynamics)
+    if model.edge_prior == HORSESHOE:
+        values["network"] = torch.cat([values["network"], torch.zeros(1 + len(layout.edges), dtype=torch.float64)])
     values["signal_variance"] = torch.stack(signal)
     values["initial_variance"] = torch.full((layout.num_regions + 1,), 5.0, dtype=torch.float64)
     if recording.observations is not None:

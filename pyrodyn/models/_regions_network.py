@@ -10,6 +10,7 @@ from torch import Tensor
 from pyrodyn.conditionals.paths import factors
 from pyrodyn.conditionals.surrogate import BATCH_NUMBERS, Quadratic
 from pyrodyn.conditioning import gaussian_potential
+from pyrodyn.distributions.network import log_stability
 from pyrodyn.readouts import AffineReadout
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ def scatter(sweep: RegionSweep, state: State, quadratic: Quadratic) -> None:
     """Every chain from a network of its own: a draw under the surrogate, or where that is unstable, the first."""
     vector = sweep.layout.vector(state["dynamics"])
     for _ in range(SCATTER):
-        drawn = sweep.proposal.draw(quadratic, vector)
-        stable = torch.isfinite(sweep.prior.log_stability(drawn))
+        drawn = sweep.proposal.draw(quadratic, vector, sweep.weight(state))
+        stable = torch.isfinite(log_stability(sweep.layout.matrix(drawn), sweep.layout))
         vector = torch.where(stable.unsqueeze(-1), drawn, vector)
     state["information"] = quadratic.information.clone()
     state["dynamics"] = sweep.layout.matrix(vector)
@@ -80,13 +81,13 @@ def move_network(sweep: RegionSweep, state: State, adapt: bool) -> None:
     parameters = sweep.parameters(state)
     _, readout = factors(sweep.model, parameters, sweep.recording)
     potential = gaussian_potential(readout, seen) if gaussian else sweep.reference(state).potential(readout)
-    information = state["caution"][:, None, None] * state["information"]
+    information, weight = state["caution"][:, None, None] * state["information"], sweep.weight(state)
     here = _scored(sweep, state, parameters, potential, sweep.layout.vector(state["dynamics"]), readout, None)
     rates = []
     for block in torch.randperm(len(sweep.proposal.blocks)).tolist():
-        vector, ahead = sweep.proposal.step(block, here.vector, here.slope, information)
+        vector, ahead = sweep.proposal.step(block, here.vector, here.slope, information, weight)
         there = _scored(sweep, state, parameters, potential, vector, readout, here)
-        behind = sweep.proposal.log_density(block, there.vector, there.slope, information, here.vector, ahead)
+        behind = sweep.proposal.log_density(block, there.vector, there.slope, information, weight, here.vector, ahead)
         change = there.value + behind - here.value - ahead.log_density
         acceptance = torch.nan_to_num(change, -torch.inf).clamp(max=0.0).exp()
         # Signs of common latents are held to one half of the space, on which the step stays reversible.
@@ -118,7 +119,7 @@ def _scored(
         near = prior.condition(*potential)
         evidence = (near.log_normaliser - prior.log_normaliser).sum(-1)
         (slope,) = torch.autograd.grad(evidence.sum(), points)
-    value = evidence.detach() + sweep.prior.log_prob(vector)
+    value = evidence.detach() + sweep.prior(state).log_prob(vector)
     path, noise = state["path"], None
     if not sweep.model.readout.is_gaussian:
         near = near.detach()

@@ -30,18 +30,18 @@ def place_regressors(sweep: RegionSweep) -> None:
         fixed.append(sweep.recording.inputs[:, 1:])
     sweep.fixed = torch.cat(fixed, -1) if fixed else None
     extra = torch.arange(regional, sweep.driven.stop)
-    matrix_sd, matrix_mean = layout.matrix(sweep.prior.sd_entry), layout.matrix(sweep.prior.mean_entry)
+    matrix_mean = layout.matrix(sweep.law.mean_entry)
     sweep.targets = []
     for r, place in enumerate(layout.places):
         own = torch.arange(place.start, place.stop)
-        which = [i for i, (target, _) in enumerate(layout.edges) if target == r]
-        columns = [torch.arange(size)[layout.places[layout.edges[i][1]]] for i in which]
-        always = torch.cat([own, extra])
-        sets = SourceSets(columns, always, sweep.prior.probability[which])
+        which = [i for i in sweep.proposal.prior.uncertain if layout.edges[i][0] == r]
+        certain = [i for i, (target, _) in enumerate(layout.edges) if target == r and i not in which]
+        columns = {i: torch.arange(size)[layout.places[layout.edges[i][1]]] for i in (*which, *certain)}
+        always = torch.cat([own, *(columns[i] for i in certain), extra])
+        sets = SourceSets([columns[i] for i in which], always, sweep.law.probability[which])
         mean = torch.zeros(sweep.driven.stop, len(own), dtype=torch.float64)
         mean[:size] = matrix_mean[place].mT
         sd = torch.ones(sweep.driven.stop, dtype=torch.float64)
-        sd[:size] = matrix_sd[place.start]  # the same in every row of a block
         sd[sweep.shared] = INNOVATION_SD
         if sweep.recording.num_inputs:
             sd[sweep.driven] = 1.0 / sweep.recording.input_scale
@@ -72,8 +72,10 @@ def draw_rows(sweep: RegionSweep, state: State) -> None:
     target = after[..., :regional].flatten(1, 2)
     gram, cross = design.mT @ design, design.mT @ target
     new, presence = torch.zeros_like(coefficients), layout.presence(state["dynamics"])
+    weight = layout.matrix(sweep.weight(state))
     for r, (place, sets, mean, sd, which) in enumerate(sweep.targets):
         precision = sd.reciprocal().square().expand(chains, -1).clone()
+        precision[:, : layout.size] = weight[:, place.start]  # the same in every row of a block
         if sweep.bumps:
             precision[:, sweep.locked] = state["bump_variance"][:, r, None].reciprocal()
         present = presence[:, r][:, [layout.edges[i][1] for i in which]]
@@ -120,7 +122,7 @@ def _persistence(sweep: RegionSweep, path: Tensor) -> Tensor:
     """Persistence of a global latent given its path (chain, trial, time)."""
     before, after = path[..., :-1], path[..., 1:]
     entry = sweep.layout.slow
-    mean, weight = sweep.prior.mean_entry[entry][0], sweep.prior.sd_entry[entry][0].reciprocal().square()
+    mean, weight = sweep.law.mean_entry[entry][0], sweep.law.sd_entry[entry][0].reciprocal().square()
     precision = before.square().sum((-2, -1)) + weight
     centre = ((before * after).sum((-2, -1)) + weight * mean) / precision
     return centre + torch.randn_like(centre) / precision.sqrt()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyrodyn.conditionals.units import draw_coefficients, draw_noise
+from pyrodyn.distributions.horseshoe import HorseshoeNetwork, log_half_cauchy
 from pyrodyn.models._regions import BUMPS, INITIAL, INNOVATION_SD, SIGNAL
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 
 NOISE_STEPS = 4  # of the random walk of a unit's noise in a sweep: it mixes slower than all else
+SCALE_STEPS = 8  # of the random walks of a horseshoe's scales in a sweep
+LOCAL_STEP, LEVEL_STEP = 2.0, 0.8  # their widths, in the logarithm
 RESCALE = 2.0  # of the conditional sd of the logarithm of a region's scale: the width of its proposal
 
 
@@ -46,13 +49,13 @@ def _stretch(sweep: RegionSweep, state: State, place: slice, index: int) -> None
     # Sums of squares over their prior variance of what grows (up) and of what shrinks (down), and their numbers.
     up = residual + (path[:, :, 0, place].square().sum((1, 2)) / spread)
     grown = path[0, ..., place].numel() * torch.ones(chains)
-    sd = layout.matrix(sweep.prior.sd_entry)
+    weight = layout.matrix(sweep.weight(state))
     outside = torch.ones(layout.size, dtype=torch.bool)
     outside[place] = False
     into, out = dynamics[:, place][..., outside], dynamics[:, :regional][..., place]
     if of_region:
         present = into != 0.0
-        up = up + torch.where(present, into / sd[place][..., outside].clamp(min=1e-300), 0.0).square().sum((1, 2))
+        up = up + (into.square() * weight[:, place][..., outside]).sum((1, 2))
         grown = grown + present.sum((1, 2))
         if "innovation_loading" in state:
             shared = state["innovation_loading"][:, place]
@@ -67,8 +70,7 @@ def _stretch(sweep: RegionSweep, state: State, place: slice, index: int) -> None
     rows = outside[:regional]
     leaving = out[:, rows]
     there = leaving != 0.0
-    weight = sd[:regional][rows][:, place].clamp(min=1e-300)
-    down = torch.where(there, leaving / weight, 0.0).square().sum((1, 2))
+    down = (leaving.square() * weight[:, :regional][:, rows][..., place]).sum((1, 2))
     shrunk = there.sum((1, 2)).double()
     if of_region:
         units = sweep.regions[index][2]
@@ -114,6 +116,42 @@ def draw_variances(sweep: RegionSweep, state: State) -> None:
         shape = torch.tensor([prior[0] + 0.5 * block[0].numel() for block in blocks], dtype=torch.float64)
         rate = torch.stack([prior[1] + 0.5 * block.square().flatten(1).sum(1) for block in blocks], -1)
         state[name] = rate / torch._standard_gamma(shape.expand_as(rate))
+
+
+def draw_edge_scales(sweep: RegionSweep, state: State) -> None:
+    """Scales of a horseshoe given its blocks, by random walks of their logarithms: no likelihood is asked.
+
+    The restriction to stable dynamics is one on blocks and scales together, and so does not enter.
+    """
+    law = sweep.law
+    if not isinstance(law, HorseshoeNetwork) or not law.layout.edges:
+        return
+    edge, held = law.layout.edge, law.layout.edge >= 0
+    vector = law.layout.vector(state["dynamics"])[:, held] / law.sd_entry[held]
+    norm = torch.zeros(len(vector), len(law.layout.edges), dtype=torch.float64)
+    norm = norm.index_add(-1, edge[held], vector.square())
+    size = torch.bincount(edge[held]).double()
+
+    def score(log_scales: Tensor) -> Tensor:
+        """Log density of every edge's block and local scale, (chain, edge)."""
+        share = law.log_share(log_scales)
+        return log_half_cauchy(log_scales[:, 1:]) - size * share - 0.5 * norm * (-2.0 * share).exp()
+
+    here = state["edge_scales"]
+    for _ in range(SCALE_STEPS):
+        step = LOCAL_STEP * torch.randn_like(here)
+        step[:, 0] = 0.0
+        accepted = torch.rand_like(norm).log() < score(here + step) - score(here)
+        here = torch.where(torch.nn.functional.pad(accepted, (1, 0)), here + step, here)
+        # The level alone; then the level against all local scales, which leaves the blocks' own scales as they are.
+        for against in (0.0, -1.0):
+            step = torch.full_like(here, against)
+            step[:, 0] = 1.0
+            step = LEVEL_STEP * torch.randn(len(here), 1, dtype=torch.float64) * step
+            change = score(here + step).sum(-1) - score(here).sum(-1)
+            change = change + log_half_cauchy((here + step)[:, 0]) - log_half_cauchy(here[:, 0])
+            here = torch.where((torch.rand(len(here), dtype=torch.float64).log() < change)[:, None], here + step, here)
+    state["edge_scales"] = here
 
 
 def _weights(sweep: RegionSweep, state: State) -> list[Tensor]:

@@ -12,13 +12,13 @@ from pyrodyn.conditionals.paths import LEAST_CURVATURE, Reference, factors, gaus
 from pyrodyn.conditionals.regression import SourceSets
 from pyrodyn.conditionals.surrogate import NetworkProposal, Quadratic
 from pyrodyn.conditioning import gaussian_potential
-from pyrodyn.distributions import GaussMarkov
+from pyrodyn.distributions import GaussMarkov, HorseshoeNetwork, NetworkPrior
 from pyrodyn.distributions.loading import gauge_fix
 from pyrodyn.distributions.network import LEVEL_PERSISTENCE
 from pyrodyn.models._regions import MultiRegionParameters
 from pyrodyn.models._regions_network import common_signs, learn, move_network, scatter
 from pyrodyn.models._regions_rows import draw_rows, place_regressors
-from pyrodyn.models._regions_scales import draw_units, draw_variances, rescale
+from pyrodyn.models._regions_scales import draw_edge_scales, draw_units, draw_variances, rescale
 from pyrodyn.program import globals_given
 from pyrodyn.readouts import AffineReadout
 from pyrodyn.recording import Recording
@@ -57,7 +57,7 @@ class RegionSweep:
         # Groups of chains may see different data: (group, trial, time, unit).
         self.values = recording.values.unsqueeze(0) if observations is None else observations
         self.layout = model.layout(recording)
-        self.prior = model.network_prior(recording)
+        self.law = model.network_prior(recording)
         self.regions = model.regions(recording)
         self.scale = model.readout.signal_scale(recording)
         with poutine.block(), torch.no_grad():
@@ -68,7 +68,7 @@ class RegionSweep:
         name = model.readout.noise_name
         self.noise_prior = None if name is None else nodes[name]["fn"].base_dist
         self.bumps = model.num_bumps(recording)
-        self.proposal = NetworkProposal(self.prior)
+        self.proposal = NetworkProposal(self.law.slab if isinstance(self.law, HorseshoeNetwork) else self.law)
         place_regressors(self)
 
     # ------------------------------------------------------------------------------------------ start and end
@@ -91,6 +91,8 @@ class RegionSweep:
         }
         if self.bumps:
             held["time_locked"] = held["time_locked"].flatten(-2)
+        if isinstance(self.law, HorseshoeNetwork):
+            held["edge_scales"] = self.law.split(grouped["network"])[1].clone()
         groups = len(held["dynamics"])
         self.values = self.values.expand(groups, *self.values.shape[-3:])
         state: State = {"aim": held["loading"].clone(), "aim_common": held["dynamics"].clone()}
@@ -115,6 +117,8 @@ class RegionSweep:
         layout, back = self.layout, turn.mT
         regional = layout.regional
         found["network"] = layout.vector(back @ state["dynamics"] @ turn)
+        if "edge_scales" in state:
+            found["network"] = torch.cat([found["network"], state["edge_scales"]], -1)
         found |= {name: state[name] for name in ("signal_variance", "initial_variance", "offset")}
         if "noise" in state:
             found[str(self.model.readout.noise_name)] = state["noise"]
@@ -159,6 +163,7 @@ class RegionSweep:
         draw_rows(self, state)
         rescale(self, state)
         draw_variances(self, state)
+        draw_edge_scales(self, state)
         draw_units(self, state, adapt=share < 1.0)
         return state
 
@@ -177,6 +182,14 @@ class RegionSweep:
             of_trials("input_gain") if "input_gain" in state else None,
             locked,
         )
+
+    def prior(self, state: State) -> NetworkPrior:
+        """Prior of every chain's dynamics, given the scales of its edges where these are shrunk."""
+        return self.law.given(state["edge_scales"]) if isinstance(self.law, HorseshoeNetwork) else self.law
+
+    def weight(self, state: State) -> Tensor:
+        """Precision of the prior of every entry of the dynamics, (chain or 1, entry)."""
+        return self.prior(state).sd_entry.reciprocal().square().reshape(-1, len(self.layout.edge))
 
     def near(self, state: State, parameters: MultiRegionParameters) -> tuple[GaussMarkov, GaussMarkov, AffineReadout]:
         """Prior of the path, the same under the observations or their reference, and the readout."""

@@ -2,7 +2,6 @@ r"""Coupled regions: a hierarchical linear dynamical system with a posterior ove
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from pyrodyn.distributions import (
     GaugedLoading,
     GaussMarkov,
+    HorseshoeNetwork,
     NetworkLayout,
     NetworkPrior,
     Transition,
@@ -22,15 +22,9 @@ from pyrodyn.distributions import (
 )
 from pyrodyn.distributions.network import LEVEL_PERSISTENCE
 from pyrodyn.errors import ModelError
-from pyrodyn.linalg.stationary import (
-    block_strength,
-    noise_by_group,
-    spectral_radius,
-    stationary_covariance,
-    variance_shares,
-)
 from pyrodyn.models import _regions
-from pyrodyn.models._regions import BUMPS, GLOBAL, INITIAL, INNOVATION_SD, LEVEL, SIGNAL, Edge, MultiRegionParameters
+from pyrodyn.models import _regions_posterior as labels
+from pyrodyn.models._regions import BUMPS, HORSESHOE, INITIAL, INNOVATION_SD, SIGNAL, SPIKE, Edge, MultiRegionParameters
 from pyrodyn.models._regions_sweep import RegionSweep
 from pyrodyn.program import Labelled, StateSpaceModel
 from pyrodyn.readouts import AffineReadout, Poisson, Readout
@@ -69,6 +63,10 @@ class MultiRegionLDS(StateSpaceModel):
         Edges that may exist; all by default. An edge attribute ``probability`` is its prior probability.
     edge_probability : float
         Prior probability of edges that state none. 1 keeps all edges.
+    edge_prior : str
+        "spike-and-slab", under which an edge is there or not, or "horseshoe", under which it is shrunk towards zero or
+        left alone, without a border between (see `HorseshoeNetwork`). Then `coupling_graph` gives the probability that
+        a strength exceeds a region of practical equivalence to zero.
     global_dim : int
         Shared global latents.
     shared_innovations : int
@@ -84,7 +82,8 @@ class MultiRegionLDS(StateSpaceModel):
 
     Notes
     -----
-    An engine that moves by gradients keeps all edges; `inference.Gibbs` samples them.
+    With spikes, an engine that moves by gradients keeps all edges; `inference.Gibbs` samples them. With a horseshoe,
+    all engines face the same posterior.
 
     References
     ----------
@@ -94,6 +93,7 @@ class MultiRegionLDS(StateSpaceModel):
     latent_dim: int | Mapping[str, int] | tuple[tuple[str, int], ...]
     edges: Any = None
     edge_probability: float = 0.5
+    edge_prior: str = SPIKE
     global_dim: int = 1
     shared_innovations: int = 1
     trial_level: bool = True
@@ -118,6 +118,8 @@ class MultiRegionLDS(StateSpaceModel):
             raise ModelError("time_bumps must be 0 or at least 2, got 1: one hat function has no width")
         if not 0.0 < self.edge_probability <= 1.0:
             raise ModelError(f"edge_probability must lie in (0, 1], got {self.edge_probability!r}")
+        if self.edge_prior not in (SPIKE, HORSESHOE):
+            raise ModelError(f"edge_prior must be {SPIKE!r} or {HORSESHOE!r}, got {self.edge_prior!r}")
         if not self.coupling_scale > 0:
             raise ModelError(f"coupling_scale must be positive, got {self.coupling_scale!r}")
         if not -1.0 < self.persistence < 1.0:
@@ -160,7 +162,7 @@ class MultiRegionLDS(StateSpaceModel):
             own = pyro.sample("innovations", prior.to_event(2))
             shared = torch.cat([own, own.new_zeros(*own.shape[:-2], layout.size - regional, own.shape[-1])], -2)
         return MultiRegionParameters(
-            layout.matrix(network),
+            layout.matrix(network[..., : len(layout.edge)]),
             shared,
             self.spread_initial(start, layout),
             self.join_loading(blocks, recording),
@@ -198,13 +200,13 @@ class MultiRegionLDS(StateSpaceModel):
         names = [name for name, _, _ in self.regions(recording)]
         return tuple(Edge(s, t, self.edge_probability) for t in names for s in names if s != t)
 
-    def network_prior(self, recording: Recording) -> NetworkPrior:
+    def network_prior(self, recording: Recording) -> NetworkPrior | HorseshoeNetwork:
         """Prior of the dynamics."""
-        layout = self.layout(recording)
+        layout, device = self.layout(recording), recording.scale.device
         probability = torch.tensor([edge.probability for edge in self.possible_edges(recording)], dtype=torch.float64)
         mean, sd = _regions.entry_prior(layout, probability, self.persistence, self.coupling_scale)
-        device = recording.scale.device
-        return NetworkPrior(layout, mean.to(device), sd.to(device), probability.to(device))
+        kind = HorseshoeNetwork if self.edge_prior == HORSESHOE else NetworkPrior
+        return kind(layout, mean.to(device), sd.to(device), probability.to(device))
 
     def num_bumps(self, recording: Recording) -> tuple[int, int] | None:
         """Conditions and hat functions of the time-locked input; None where there is none."""
@@ -280,41 +282,15 @@ class MultiRegionLDS(StateSpaceModel):
     # ------------------------------------------------------------------------------------------ the posterior
 
     def coordinates(self, recording: Recording) -> dict[str, Any]:
-        layout = self.layout(recording)
-        names = [name for name, _, _ in self.regions(recording)]
-        common = [GLOBAL] * layout.num_globals + [LEVEL] * layout.level
-        owner = [names[r] for r in layout.group[: layout.regional].tolist()] + common
-        labels = [f"{name}:{owner[:i].count(name)}" for i, name in enumerate(owner)]
-        sources = [*names, *dict.fromkeys(common)] + ["shared"] * bool(self.shared_innovations)
-        return {
-            "latent": labels,
-            "latent_from": labels,
-            "latent_region": ("latent", [GLOBAL if name == LEVEL else name for name in owner]),
-            "regional_latent": labels[: layout.regional],
-            "target": names,
-            "source": names,
-            "share_source": sources,
-            "condition": list(self.conditions) or ["all"],
-        }
+        return labels.coordinates(self, recording)
 
     def attributes(self, recording: Recording) -> dict[str, Any]:
-        prior, layout = self.network_prior(recording), self.layout(recording)
-        sd = [[1.0] * layout.num_regions for _ in range(layout.num_regions)]
-        probability = [[1.0] * layout.num_regions for _ in range(layout.num_regions)]
-        matrix = layout.matrix(prior.sd_entry)
-        for i, (target, source) in enumerate(layout.edges):
-            sd[target][source] = float(matrix[layout.places[target].start, layout.places[source].start])
-            probability[target][source] = float(prior.probability[i])
-        return {
-            "edge_prior_sd": json.dumps(sd),
-            "edge_prior_probability": json.dumps(probability),
-            "global_name": GLOBAL,
-        }
+        return labels.attributes(self, recording)
 
     def label(self, parameters: MultiRegionParameters) -> Labelled:
         labelled: Labelled = {
             "dynamics": (("latent", "latent_from"), parameters.dynamics),
-            "process_noise": (("latent", "latent_from"), self.process_noise(parameters, self._layout_of(parameters))),
+            "process_noise": (("latent", "latent_from"), self.process_noise(parameters, self.layout_of(parameters))),
             "initial_variance": (("latent",), parameters.initial_variance),
             "loading": (("unit", "latent"), parameters.loading),
             "offset": (("unit",), parameters.offset),
@@ -337,74 +313,16 @@ class MultiRegionLDS(StateSpaceModel):
         )  # fmt: skip
 
     def invariants(self, parameters: MultiRegionParameters) -> Labelled:
-        layout = self._layout_of(parameters)
-        with torch.no_grad():
-            dynamics, loading = parameters.dynamics, parameters.loading
-            noise = self.process_noise(parameters, layout)
-            covariance = stationary_covariance(dynamics, noise)
-            signal = ((loading @ covariance) * loading).sum(-1).clamp(min=0.0).sqrt()
-            moved = dynamics @ covariance
-            ahead = loading @ moved
-            lagged = (ahead * loading).sum(-1)
-            turned = ((ahead - loading @ moved.mT) * loading.roll(-1, -2)).sum(-1)
-            noises = noise_by_group(self.own_noise(parameters, layout), layout.origins)
-            if parameters.innovation_loading is not None:
-                common = parameters.innovation_loading @ parameters.innovation_loading.mT
-                noises = torch.cat([noises, common.unsqueeze(-3)], -3)
-            shares = variance_shares(dynamics, noises, layout.places)
-        found: Labelled = {
-            "coupling_strength": (("target", "source"), block_strength(dynamics, covariance, layout.places)),
-            "presence": (("target", "source"), layout.presence(dynamics).to(dynamics.dtype)),
-            "variance_share": (("target", "share_source"), shares),
-            "spectral_radius": ((), spectral_radius(dynamics[..., : layout.regional, : layout.regional])),
-            "signal_sd": (("unit",), signal),
-            "lag_one_covariance": (("unit",), lagged),
-            "lag_one_asymmetry": (("unit",), turned),
-            "offset": (("unit",), parameters.offset),
-        }
-        if layout.num_globals:
-            persistence = dynamics.diagonal(dim1=-2, dim2=-1)[
-                ..., layout.regional : layout.regional + layout.num_globals
-            ]
-            found["global_persistence"] = (("global",), persistence.sort(-1, descending=True).values)
-        if self.readout.noise_name is not None and parameters.noise is not None:
-            found[self.readout.noise_name] = (("unit",), parameters.noise)
-        regional = loading[..., : layout.regional]
-        start = (loading.square() * parameters.initial_variance.unsqueeze(-2)).sum(-1).sqrt()
-        found["initial_signal_sd"] = (("unit",), start)
-        if parameters.input_gain is not None:
-            found["input_effect"] = (("unit", "input"), regional @ parameters.input_gain)
-        if parameters.time_locked is not None:
-            effect = (regional @ parameters.time_locked.flatten(-2)).unflatten(-1, parameters.time_locked.shape[-2:])
-            found["time_locked_effect"] = (("unit", "condition", "bump"), effect)
-        return found
+        return labels.invariants(self, parameters)
 
     def transformed(self, parameters: MultiRegionParameters, recording: Recording, seed: int) -> MultiRegionParameters:
-        """Turn each region's latents, reflect the common ones, and turn the shared innovations."""
-        layout = self.layout(recording)
-        generator = torch.Generator().manual_seed(seed)
-
-        def orthogonal(size: int) -> Tensor:
-            basis, triangle = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-            return basis * triangle.diagonal().sign()
-
-        signs = 1.0 - 2.0 * torch.randint(2, (layout.size - layout.regional, 1, 1), generator=generator).double()
-        turn = torch.block_diag(*(orthogonal(dim) for dim in layout.dims), *signs).to(recording.scale.device)
-        regional = turn[: layout.regional, : layout.regional]
-        gain, locked, shared = parameters.input_gain, parameters.time_locked, parameters.innovation_loading
-        return parameters._replace(
-            dynamics=turn @ parameters.dynamics @ turn.mT,
-            innovation_loading=None if shared is None else turn @ shared @ orthogonal(shared.shape[-1]).to(turn),
-            loading=parameters.loading @ turn.mT,
-            input_gain=None if gain is None else regional @ gain,
-            time_locked=None if locked is None else torch.einsum("ij,...jcb->...icb", regional, locked),
-        )
+        return labels.transformed(self, parameters, recording, seed)
 
     def conditionals(self, recording: Recording, observations: Tensor | None = None) -> RegionSweep:
         """The moves of blocked Gibbs sampling; see `inference.Gibbs`."""
         return RegionSweep(self, recording, observations)
 
-    def _layout_of(self, parameters: MultiRegionParameters) -> NetworkLayout:
+    def layout_of(self, parameters: MultiRegionParameters) -> NetworkLayout:
         """The layout, without edges, of parameters whose recording is not at hand."""
         size = parameters.dynamics.shape[-1]
         seen = (parameters.loading != 0.0).flatten(0, -2).any(0)  # what is common to all regions has no loading
