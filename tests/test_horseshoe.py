@@ -140,7 +140,8 @@ def test_a_graph_is_found_and_says_what_it_counts_as_an_edge():
     assert strength[there].min() > strength[off & ~there].max(initial=0.0)
     exceeds = (graph["strength"].values > 0.08).mean((0, 1))
     np.testing.assert_allclose(graph["exceeds_rope"], exceeds)
-    np.testing.assert_allclose(graph["probability"], exceeds)
+    np.testing.assert_allclose(graph["probability"].values[off], exceeds[off])
+    np.testing.assert_array_equal(np.diag(graph["probability"]), 1.0)
     net = dyn.to_networkx(graph)
     assert net.graph["rope"] == 0.08 and "above 0.08" in net.graph["p_present_estimator"]
     for source, target, edge in net.edges(data=True):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pyrodyn as dyn
-from pyrodyn import inference, models, readouts
+from pyrodyn import inference, models, plots, readouts
 from pyrodyn.errors import ModelError
 from pyrodyn.inference.engine import double_precision, random_stream
 from pyrodyn.models._regions_rows import _persistence
@@ -35,7 +35,9 @@ def recording(values=None, region=("A", "A", "A", "B", "B", "B"), trials: int = 
         ({"latent_dim": {"A": 4, "B": 1}}, r"'A' has 3 units and latent_dim asks for 4"),
         ({"latent_dim": 0}, "1 or more"),
         ({"latent_dim": {"A": "x"}}, "whole number"),
-        ({"latent_dim": 1, "edges": [("A", "C")]}, r"edges names \['C'\]"),
+        ({"latent_dim": 1, "edges": [("A", "C")]}, r"edges names \['C'\].*graph.subgraph\(recording.regions\)"),
+        ({"latent_dim": 1, "edges": ["AB", ("A",)]}, r"must be \(source, target\)"),
+        ({"latent_dim": 1, "edges": [("A", "B", "much")]}, r"must be \(source, target\).*'much'"),
         ({"latent_dim": 1, "edges": [("A", "A")]}, "own dynamics are always there"),
         ({"latent_dim": 1, "edges": [("A", "B", 0.0)]}, "leave out an edge"),
         ({"latent_dim": 1, "edges": [("A", "B"), ("A", "B", 0.2)]}, "twice"),
@@ -68,6 +70,22 @@ def test_recordings_that_cannot_be_fitted_are_refused():
         mute = recording(silent, counts=True)
     with pytest.raises(ModelError, match=r"'B' is silent.*sel\(region=\['A'\]\)"):
         model.check(mute)
+    with pytest.raises(ModelError, match=r"'A' is never observed.*sel\(region=\['B'\]\)"):
+        model.check(recording().hide(region="A"))
+    still = np.random.default_rng(0).normal(size=(3, 20, 6))
+    still[..., 3:] = [0.0, 2.0, -1e9]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        constant = recording(still, counts=False)
+    gaussian = models.MultiRegionLDS(1, readout=readouts.Gaussian())
+    with pytest.raises(ModelError, match=r"'B' is silent.*none of its 3 units ever changes"):
+        gaussian.check(constant)
+    still[0, 0, 3] = np.nan  # what is hidden says nothing
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        constant = recording(still, counts=False, missing="mask")
+    with pytest.raises(ModelError, match=r"'B' is silent"):
+        gaussian.check(constant)
     with pytest.raises(ModelError, match="irregular"):
         model.check(
             dyn.Recording.from_arrays(
@@ -173,6 +191,34 @@ def test_every_chain_keeps_a_path_however_many_there_are():
 
 
 # ------------------------------------------------------------------------------------------ graphs
+
+
+@pytest.mark.parametrize("engine", [inference.Gibbs(draws=10, warmup=10, chains=2), inference.Laplace(draws=40)])
+@pytest.mark.parametrize("edges", [(), (("A", "B"),)])
+def test_regions_without_edges_are_uncoupled_and_can_be_asked_about(edges, engine):
+    """A graph in parts, and one without any edge: nothing is found between the parts, and no question fails."""
+    seen = recording(region=("A", "A", "B", "B", "C", "C"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dyn.FitWarning)
+        posterior = dyn.fit(models.MultiRegionLDS(1, edges=edges, time_bumps=0), seen, engine, seed=0)
+    graph = dyn.coupling_graph(posterior)
+    possible = np.zeros((3, 3), dtype=bool)
+    if edges:
+        possible[1, 0] = True
+    none = ~possible & ~np.eye(3, dtype=bool)
+    assert not graph["strength"].values[..., none].any() and not graph["granger"].values[..., none].any()
+    assert not graph["probability"].values[none].any()
+    assert 0.0 <= float(graph["probability"][1, 0]) <= 1.0
+    assert set(dyn.to_networkx(graph).edges) <= {("A", "B")} and dyn.to_networkx(graph).number_of_nodes() == 3
+    metrics = dyn.graph_metrics(graph)
+    np.testing.assert_allclose(metrics["driver_rank"].sum("region"), 1.0)
+    if not edges:
+        np.testing.assert_allclose(metrics["receiver_rank"], 1.0 / 3.0)
+        assert bool(metrics["reciprocity"].isnull().all())
+    assert len(dyn.edges_into(graph, "C")) == 2 and dyn.compare_edges(graph, ("A", "C"), ("C", "A")) == 0.0
+    for figure in (plots.plot_coupling_graph, plots.plot_strengths, plots.plot_impulse_responses):
+        assert figure(graph).axes
+    assert plots.plot_block_dynamics(posterior).axes
 
 
 def test_a_graph_is_found_again_with_its_direction():

@@ -110,7 +110,7 @@ def coupling_graph(
     exceeds = (strength > rope)[system.stable].mean(0)
     variables["exceeds_rope"] = (EDGE[2:], exceeds, {"rope": float(rope)})
     if _attribute(posterior, "edge_prior", plain=True) == "horseshoe":
-        presence, probability = None, exceeds
+        presence, probability = None, np.where(np.eye(len(exceeds), dtype=bool), 1.0, exceeds)
         estimator = f"share of the draws with a strength above {rope:g}, the prior being continuous"
     else:
         presence, probability, estimator = _presence(posterior, system, priors)

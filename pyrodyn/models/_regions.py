@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -83,9 +84,10 @@ def checked_edges(edges: Any, probability: float) -> tuple[Edge, ...] | None:
         edges = [(s, t, data.get("probability", probability)) for s, t, data in edges.edges(data=True)]
     found = []
     for edge in edges:
-        if len(edge) not in (2, 3):
+        given = edge[2] if len(edge) == 3 else probability
+        if isinstance(edge, str) or len(edge) not in (2, 3) or not isinstance(given, Real):
             raise ModelError(f"each of edges must be (source, target) or (source, target, probability), got {edge!r}")
-        source, target, share = str(edge[0]), str(edge[1]), float(edge[2]) if len(edge) == 3 else probability
+        source, target, share = str(edge[0]), str(edge[1]), float(given)
         if source == target:
             raise ModelError(f"edges holds {source!r} -> {target!r}: a region's own dynamics are always there; drop it")
         if not 0.0 < share <= 1.0:
@@ -133,15 +135,13 @@ def check(model: MultiRegionLDS, recording: Recording) -> None:
                 f"region {name!r} has {len(units)} units and latent_dim asks for {dim} latents; at most one latent a "
                 "unit: lower latent_dim"
             )
-        silent = recording.observations is not None and recording.counts
-        if silent and not bool((recording.values[..., units] != 0.0).any()):
-            raise ModelError(
-                f"region {name!r} is silent: none of its {len(units)} units has an event; leave it out with "
-                f"recording.sel(region={[r for r in present if r != name]})"
-            )
+        _check_activity(recording, name, units)
     unknown = {n for edge in model.edges or () for n in edge[:2]} - set(present)
     if unknown:
-        raise ModelError(f"edges names {sorted(unknown)}, which are no regions of the recording: {present}")
+        raise ModelError(
+            f"edges names {sorted(unknown)}, which are no regions of the recording: {present}; of a larger connectome "
+            "take the part that was recorded, graph.subgraph(recording.regions)"
+        )
     if recording.num_bins < 2:
         raise ModelError(
             "the recording has one bin, and one bin holds no dynamics; use smaller bins, or join bins that follow each "
@@ -158,6 +158,28 @@ def check(model: MultiRegionLDS, recording: Recording) -> None:
             raise ModelError(
                 f"the recording has conditions {strange}, which are not among conditions={model.conditions}"
             )
+
+
+def _check_activity(recording: Recording, name: str, units: Tensor) -> None:
+    """Refuse a region of which nothing is seen, or nothing that moves: its latents would be the prior's."""
+    if recording.observations is None:
+        return
+    values = recording.values[..., units]
+    seen = torch.ones_like(values, dtype=torch.bool) if recording.mask is None else recording.mask[..., units]
+    remedy = f"leave it out with recording.sel(region={[r for r in recording.regions if r != name]})"
+    if not bool(seen.any()):
+        raise ModelError(
+            f"region {name!r} is never observed: all entries of its {len(units)} units are hidden; {remedy}"
+        )
+    if recording.counts:
+        if not bool((values != 0.0).any()):
+            raise ModelError(
+                f"region {name!r} is silent: none of its {len(units)} units has an observed event; {remedy}"
+            )
+        return
+    middle = values.sum((0, 1)) / seen.sum((0, 1)).clamp(min=1)
+    if not bool((((values - middle).abs() > 1e-12 * middle.abs()) & seen).any()):
+        raise ModelError(f"region {name!r} is silent: none of its {len(units)} units ever changes; {remedy}")
 
 
 def entry_prior(
