@@ -33,6 +33,7 @@ from pyrodyn.posterior import (
 )
 from pyrodyn.program import Labelled, LatentModel, StateSpaceModel, globals_given, is_random, specification
 from pyrodyn.recording import Recording
+from pyrodyn.sessions import pool, pooled_datatree, refuse_pooled
 
 INTERVAL = (0.05, 0.95)
 EXPECTED = ("expected", "expected_sd", "expected_lower", "expected_upper")
@@ -40,7 +41,7 @@ EXPECTED = ("expected", "expected_sd", "expected_lower", "expected_upper")
 
 def fit(
     model: LatentModel | Collapsed,
-    recording: Recording,
+    recording: Recording | Mapping[str, Recording],
     engine: Engine | None = None,
     *,
     seed: int = 0,
@@ -53,7 +54,9 @@ def fit(
     ----------
     model : LatentModel
         One of `pyrodyn.models`, or `inference.collapse` of one.
-    recording : Recording
+    recording : Recording, or mapping of session to Recording
+        Several sessions at once pool what they have in common, partially: the edges of `models.MultiRegionLDS`, under
+        `inference.Gibbs`. See `models.pooled_regions.PooledRegions` and `pyrodyn.sessions.pooled_datatree`.
     engine : Engine
         One of `pyrodyn.inference`; `SVI()` by default. Every engine returns the same variables, dims and coordinates.
     seed : int
@@ -77,35 +80,50 @@ def fit(
     NonFiniteError
         Where the density stays infinite or NaN; names the step and the site.
     """
-    if not isinstance(recording, Recording):
-        raise RecordingError(
-            f"recording must be a pyrodyn.Recording, got {type(recording).__name__}; make one with "
-            "Recording.from_arrays(values, bin_width=...), values being (trial, time, unit)"
-        )
-    if recording.observations is None:
-        raise RecordingError(
-            "recording has no observations to fit; give it some with recording.with_observations(values)"
-        )
+    engine = SVI() if engine is None else engine
     base = model.model if isinstance(model, Collapsed) else model
     if not isinstance(base, LatentModel):
         raise ModelError(f"model must be one of pyrodyn.models, such as models.LDS(latent_dim=3), got {model!r}")
-    engine = SVI() if engine is None else engine
     described = _described(base)
-    base.check(recording)
+    if isinstance(recording, Mapping):
+        pooled = pool(base, recording, engine)
+        for name, session in recording.items():
+            _check_fittable(session, f"recording[{name!r}]")
+        pooled.check(recording)
+        digest: Any = {name: session.digest() for name, session in recording.items()}
+    else:
+        _check_fittable(recording, "recording")
+        base.check(recording)
+        digest = recording.digest()
     store = None
     if checkpoint is not None:
         fingerprint = {
             "model": described,
             "engine": specification(engine),
             "seed": seed,
-            "recording": recording.digest(),
+            "recording": digest,
             "version": version("pyrodyn"),
         }
         store = Checkpoint(checkpoint, fingerprint=json.dumps(fingerprint, default=str), every=checkpoint_every)
     began = time.perf_counter()
+    if isinstance(recording, Mapping):
+        program: Any = pooled
+        draws = engine.run(program, dict(recording), seed=seed, checkpoint=store)  # type: ignore[arg-type]
+        return pooled_datatree(pooled, recording, engine, draws, seed=seed, seconds=time.perf_counter() - began)
     draws = engine.run(model, recording, seed=seed, checkpoint=store)
-    seconds = time.perf_counter() - began
-    return to_datatree(model, recording, engine, draws, seed=seed, seconds=seconds)
+    return to_datatree(model, recording, engine, draws, seed=seed, seconds=time.perf_counter() - began)
+
+
+def _check_fittable(recording: Any, name: str) -> None:
+    if not isinstance(recording, Recording):
+        raise RecordingError(
+            f"{name} must be a pyrodyn.Recording, got {type(recording).__name__}; make one with "
+            "Recording.from_arrays(values, bin_width=...), values being (trial, time, unit)"
+        )
+    if recording.observations is None:
+        raise RecordingError(
+            f"{name} has no observations to fit; give it some with recording.with_observations(values)"
+        )
 
 
 def _described(model: LatentModel) -> Any:
@@ -197,6 +215,7 @@ def predict(
         with ``expected_sd`` and the 90% interval ``expected_lower``, ``expected_upper``; and what is latent, such as
         ``path`` and ``path_sd`` (trial, time, latent) or ``mode_probability`` (trial, time, mode).
     """
+    refuse_pooled(posterior, "predict")
     model = model_of(posterior) if model is None else model
     same_units(posterior, recording)
     parameters = parameters_of(posterior, model, draws)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -38,6 +38,7 @@ STORED_PATHS = 20  # of these, paths kept whole
 BATCH_NUMBERS = 4_000_000  # (draw, trial, time, unit) entries in one batched call: 32 MB a tensor
 SCORED_NUMBERS = 30_000_000  # observed entries in all draws of a path-sampling engine whose evidence is computed
 IN_LATENTS = {"path": "mean", "path_sd": "sd", "path_draws": "draws"}  # names in the group `latents`
+SESSIONS = "sessions"  # the group of the posteriors of several sessions
 PATH_STREAM = 1_000_003  # a random stream that no chain uses
 
 
@@ -46,14 +47,14 @@ class FitWarning(UserWarning):
 
 
 def to_datatree(
-    model: Program, recording: Recording, engine: Any, draws: Draws, *, seed: int, seconds: float
+    model: Program, recording: Recording, engine: Any, draws: Draws, *, seed: int, seconds: float, label: str = ""
 ) -> xr.DataTree:
     """Assemble the posterior of one fit.
 
     Groups, each with labelled dims and coordinates: ``posterior`` (chain, draw, ...), ``invariants`` (what no symmetry
     of the model changes), ``unconstrained_posterior``, ``latents`` (mean, sd, and thinned draws of the path),
     ``sample_stats``, ``log_likelihood`` (chain, draw, trial; the path integrated out), ``observed_data``,
-    ``constant_data``.
+    ``constant_data``. Warnings begin with ``label``.
     """
     base = model.model if isinstance(model, Collapsed) else model
     if not isinstance(base, LatentModel):
@@ -96,8 +97,7 @@ def to_datatree(
     groups["observed_data"] = data[["observations"]].drop_attrs()
     groups["constant_data"] = data.drop_vars("observations")
     found = diagnose(groups["invariants"], groups["sample_stats"], draws.notes.get("superchains"))
-    for complaint in (*draws.warnings, *found.complaints):
-        warnings.warn(complaint, FitWarning, stacklevel=4)
+    warn_of((*draws.warnings, *found.complaints), label, stacklevel=4)
     tree = xr.DataTree.from_dict(groups)
     tree.attrs = {
         "pyrodyn_version": version("pyrodyn"),
@@ -113,6 +113,12 @@ def to_datatree(
         "versions": json.dumps({"python": platform.python_version()} | {p: version(p) for p in _PACKAGES}),
     }
     return tree
+
+
+def warn_of(complaints: Iterable[str], label: str = "", *, stacklevel: int) -> None:
+    """Warn of what is wrong with a posterior, ``stacklevel`` calls up from the caller."""
+    for complaint in complaints:
+        warnings.warn(f"{label}: {complaint}" if label else complaint, FitWarning, stacklevel=stacklevel + 1)
 
 
 def recording_of(posterior: xr.DataTree) -> Recording:

@@ -35,6 +35,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "models inference",
         "diagnostics",
         "posterior",
+        "sessions",
         "fitting",
         "scoring comparison coupling decoding geometry",
         "calibration",

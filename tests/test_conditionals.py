@@ -30,11 +30,15 @@ def regression(sources: int, seed: int = 0):
         design = torch.randn(30, int(ends[-1]), dtype=torch.float64)
         weights = 0.3 * torch.randn(int(ends[-1]), 2, dtype=torch.float64)
         target = design @ weights + torch.randn(30, 2, dtype=torch.float64)
-    sets = SourceSets(columns, torch.arange(2), torch.full((sources,), 0.3, dtype=torch.float64))
+    sets = SourceSets(columns, torch.arange(2))
     mean = torch.zeros(int(ends[-1]), 2, dtype=torch.float64)
     mean[0, 0] = mean[1, 1] = 0.5
     sd = torch.full((int(ends[-1]),), 0.4, dtype=torch.float64)
     return design, target, sets, mean, sd
+
+
+def probabilities(sources: int) -> torch.Tensor:
+    return torch.full((sources,), 0.3, dtype=torch.float64)
 
 
 def log_evidence(design, target, columns, mean, sd) -> float:
@@ -49,7 +53,8 @@ def log_evidence(design, target, columns, mean, sd) -> float:
 
 def test_sets_of_sources_have_the_probabilities_of_dense_evidences():
     design, target, sets, mean, sd = regression(3)
-    law = SourceLaw(sets, (design.mT @ design)[None], (design.mT @ target)[None], mean, sd.reciprocal().square()[None])
+    gram, cross = (design.mT @ design)[None], (design.mT @ target)[None]
+    law = SourceLaw(sets, gram, cross, mean, sd.reciprocal().square()[None], probabilities(3))
     candidates = sets.candidates(torch.zeros(1, 3, dtype=torch.bool), None)
     found = law.log_probabilities(candidates)[0].exp()
     scores = []
@@ -66,7 +71,7 @@ def test_densities_of_sets_and_coefficients_are_the_joint_up_to_a_constant():
     design, target, sets, mean, sd = regression(3)
     precision = sd.reciprocal().square()[None].expand(50, -1)
     gram, cross = (design.mT @ design).expand(50, -1, -1), (design.mT @ target).expand(50, -1, -1)
-    law = SourceLaw(sets, gram, cross, mean, precision)
+    law = SourceLaw(sets, gram, cross, mean, precision, probabilities(3))
     with random_stream(1):
         candidates = sets.candidates(torch.zeros(50, 3, dtype=torch.bool), None)
         present = law.choose(candidates)
@@ -101,7 +106,7 @@ def test_drawn_sources_come_as_often_as_they_should(sources, monkeypatch):
     present, total = torch.zeros(chains, sources, dtype=torch.bool), torch.zeros(sources, dtype=torch.float64)
     with random_stream(2):
         for sweep in range(30):
-            coefficients, present = sets.draw(gram, cross, mean, precision, present)
+            coefficients, present = sets.draw(gram, cross, mean, precision, probabilities(sources), present)
             if sweep >= 10:
                 total += present.double().mean(0)
     np.testing.assert_allclose(total / 20, expected, atol=0.04)

@@ -32,18 +32,17 @@ class SourceSets:
         For each possible source, which regressors belong to it.
     always : Tensor
         Regressors that are always in.
-    probability : Tensor, (source,)
     """
 
-    def __init__(self, columns: list[Tensor], always: Tensor, probability: Tensor) -> None:
-        self.always, self.probability, self.count = always, probability, len(columns)
+    def __init__(self, columns: list[Tensor], always: Tensor) -> None:
+        self.always, self.count = always, len(columns)
         self.free = torch.cat([*columns, torch.zeros(0, dtype=torch.long)])
         owner = [torch.full((len(held),), i) for i, held in enumerate(columns)]
         self.owner = torch.cat([*owner, torch.zeros(0, dtype=torch.long)])
         self.sets = torch.tensor(list(product((False, True), repeat=min(self.count, ENUMERATED))))
 
     def draw(
-        self, gram: Tensor, cross: Tensor, mean: Tensor, precision: Tensor, present: Tensor
+        self, gram: Tensor, cross: Tensor, mean: Tensor, precision: Tensor, probability: Tensor, present: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Coefficients and sources anew.
 
@@ -57,6 +56,8 @@ class SourceSets:
             Of the prior; zero for what belongs to a source.
         precision : Tensor, (chain, regressor)
             Of the prior, the same for all latents of the target.
+        probability : Tensor, (source) or (chain, source)
+            Of the prior.
         present : Tensor of bool, (chain, source)
             The sources now.
 
@@ -65,7 +66,7 @@ class SourceSets:
         coefficients : Tensor, (chain, regressor, latent), exactly zero for absent sources
         present : Tensor of bool, (chain, source)
         """
-        law = SourceLaw(self, gram, cross, mean, precision)
+        law = SourceLaw(self, gram, cross, mean, precision, probability)
         if self.count > ENUMERATED:
             for source in torch.randperm(self.count).tolist():
                 present = law.choose(self.candidates(present, source))
@@ -85,8 +86,11 @@ class SourceSets:
 class SourceLaw:
     """The joint law of sources and coefficients of one target, for given sufficient statistics; see `SourceSets`."""
 
-    def __init__(self, sets: SourceSets, gram: Tensor, cross: Tensor, mean: Tensor, precision: Tensor) -> None:
+    def __init__(
+        self, sets: SourceSets, gram: Tensor, cross: Tensor, mean: Tensor, precision: Tensor, probability: Tensor
+    ) -> None:
         self.sets, self.shape = sets, cross.shape
+        self.probability = probability.expand(len(cross), -1).unsqueeze(1)
         whole = gram + torch.diag_embed(precision)
         pull = cross + precision.unsqueeze(-1) * mean
         a, e = sets.always, sets.free
@@ -113,7 +117,7 @@ class SourceLaw:
         volume = torch.where(inside, self.precision.log().unsqueeze(1), 0.0).sum(-1)
         score = 0.5 * latents * volume - latents * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         score = score + 0.5 * white.square().sum((-2, -1))
-        prior = torch.where(candidates, self.sets.probability.log(), torch.log1p(-self.sets.probability)).sum(-1)
+        prior = torch.where(candidates, self.probability.log(), torch.log1p(-self.probability)).sum(-1)
         return torch.log_softmax(torch.nan_to_num(score + prior, -torch.inf), -1)
 
     def coefficients(self, present: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class Quadratic(NamedTuple):
 class NetworkProposal:
     """There-and-back Gibbs runs over the regions under a `Quadratic` and the prior.
 
-    The precision of an entry's prior, (chain or 1, entry), comes with every call: it may differ between chains.
+    The prior comes with every call: its scales and probabilities may differ between chains.
     """
 
     def __init__(self, prior: NetworkPrior) -> None:
@@ -64,13 +64,13 @@ class NetworkProposal:
             edge = layout.edge[entries]
             columns = [(edge == i).nonzero().squeeze(-1) for i in which]
             always = ~torch.isin(edge, torch.tensor(which, dtype=edge.dtype))
-            sets = SourceSets(columns, always.nonzero().squeeze(-1), prior.probability[which])
+            sets = SourceSets(columns, always.nonzero().squeeze(-1))
             self.blocks.append((entries, sets, which))
         common = (row_region < 0).nonzero().squeeze(-1)
         if len(common):
-            self.blocks.append((common, SourceSets([], torch.arange(len(common)), prior.probability[:0]), []))
+            self.blocks.append((common, SourceSets([], torch.arange(len(common))), []))
 
-    def draw(self, quadratic: Quadratic, vector: Tensor, weight: Tensor) -> Tensor:
+    def draw(self, quadratic: Quadratic, vector: Tensor, prior: NetworkPrior) -> Tensor:
         """Another network (chain, entry)."""
         vector, (centre, slope, information) = vector.clone(), quadratic
         present = self.prior.present(vector)
@@ -84,20 +84,21 @@ class NetworkProposal:
                 gram,
                 pull.unsqueeze(-1),
                 self.prior.mean_entry[entries].unsqueeze(-1),
-                weight[:, entries].expand(len(vector), -1),
+                prior.weight[:, entries].expand(len(vector), -1),
+                prior.probability[..., which],
                 present[:, which],
             )
             vector[:, entries] = coefficients.squeeze(-1)
         return vector
 
     def step(
-        self, block: int, vector: Tensor, slope: Tensor, information: Tensor, weight: Tensor
+        self, block: int, vector: Tensor, slope: Tensor, information: Tensor, prior: NetworkPrior
     ) -> tuple[Tensor, Step]:
         """Networks (chain, entry) with one region's rows anew, from the slope where they are."""
         entries, sets, which = self.blocks[block]
         present = self.prior.present(vector)[:, which]
         source = int(torch.randint(sets.count, ())) if sets.count > ENUMERATED else None
-        law = self._law(block, vector, slope, information, weight)
+        law = self._law(block, vector, slope, information, prior)
         log_density = torch.zeros(len(vector), dtype=vector.dtype)
         if sets.count:
             candidates = sets.candidates(present, source)
@@ -115,13 +116,13 @@ class NetworkProposal:
         vector: Tensor,
         slope: Tensor,
         information: Tensor,
-        weight: Tensor,
+        prior: NetworkPrior,
         target: Tensor,
         step: Step,
     ) -> Tensor:
         """Log density of a step of the same kind from ``vector`` to ``target``, (chain)."""
         entries, sets, which = self.blocks[block]
-        law = self._law(block, vector, slope, information, weight)
+        law = self._law(block, vector, slope, information, prior)
         present = self.prior.present(target)[:, which]
         found = law.log_density(target[:, entries].unsqueeze(-1), present)
         if sets.count:
@@ -129,12 +130,13 @@ class NetworkProposal:
             found = found + _of_set(law.log_probabilities(candidates), candidates, present)
         return found
 
-    def _law(self, block: int, vector: Tensor, slope: Tensor, information: Tensor, weight: Tensor) -> SourceLaw:
-        entries, sets, _ = self.blocks[block]
+    def _law(self, block: int, vector: Tensor, slope: Tensor, information: Tensor, prior: NetworkPrior) -> SourceLaw:
+        entries, sets, which = self.blocks[block]
         gram = information[:, entries[:, None], entries]
         pull = slope[:, entries].unsqueeze(-1) + gram @ vector[:, entries].unsqueeze(-1)
         mean = self.prior.mean_entry[entries].unsqueeze(-1)
-        return SourceLaw(sets, gram, pull, mean, weight[:, entries].expand(len(vector), -1))
+        weight = prior.weight[:, entries].expand(len(vector), -1)
+        return SourceLaw(sets, gram, pull, mean, weight, prior.probability[..., which])
 
 
 class Step(NamedTuple):

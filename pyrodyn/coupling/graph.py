@@ -14,6 +14,7 @@ from pyrodyn.coupling.presence import checked_prior, savage_dickey
 from pyrodyn.coupling.spectra import granger_geweke
 from pyrodyn.coupling.system import SHARED_INNOVATIONS, System, read_system
 from pyrodyn.errors import CouplingError
+from pyrodyn.posterior import SESSIONS
 
 FREQUENCIES = 33  # from zero to the Nyquist frequency
 ROPE = 0.05  # such a block makes at most 1 / 400 of the variance of a latent in the next bin
@@ -42,7 +43,9 @@ def coupling_graph(
     posterior : xarray.DataTree
         From `fit` with a model of several regions. Its group ``posterior`` holds ``dynamics`` (latent, latent_from),
         ``process_noise``, ``loading`` (unit, latent), the coordinate ``latent_region`` (latent), and, where the model
-        has them, ``innovation_loading`` (latent, shared) and ``presence`` (target, source).
+        has them, ``innovation_loading`` (latent, shared) and ``presence`` (target, source). Of a fit of several
+        sessions, the dataset has the dim ``session`` and what sessions share (see `pyrodyn.sessions`); regions that a
+        session lacks are NaN, and patterns over units are left out.
     lags : int
         Bins over which a response to a kick is followed.
     frequencies : sequence of float, optional
@@ -83,6 +86,15 @@ def coupling_graph(
     --------
     pyrodyn.coupling.measures, pyrodyn.coupling.spectra, pyrodyn.coupling.presence : the equations and their sources.
     """
+    if SESSIONS in posterior.children:
+        return _of_sessions(
+            posterior,
+            lags=lags,
+            frequencies=frequencies,
+            edge_prior_sd=edge_prior_sd,
+            edge_prior_probability=edge_prior_probability,
+            rope=rope,
+        )
     system = read_system(posterior)
     if isinstance(rope, bool) or not isinstance(rope, int | float) or not 0.0 <= rope < np.inf:
         raise CouplingError(f"rope: got {rope!r}; expected a strength of 0 or more, such as {ROPE:g}")
@@ -145,6 +157,15 @@ def coupling_graph(
         },
     )
     return graph.isel(unit=kept)
+
+
+def _of_sessions(posterior: xr.DataTree, **options: Any) -> xr.Dataset:
+    """The graph of every session, one beside the other, and what they share."""
+    shared = posterior["posterior"].to_dataset()
+    sessions = posterior.children[SESSIONS].children
+    found = [coupling_graph(session, **options).drop_dims("unit") for session in sessions.values()]
+    joined = xr.concat(found, xr.DataArray(list(sessions), dims="session", name="session"), join="outer")
+    return joined.merge(shared, join="outer", combine_attrs="override")
 
 
 def _frequencies(asked: Sequence[float] | None, bin_width: float) -> np.ndarray:

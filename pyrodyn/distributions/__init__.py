@@ -4,6 +4,7 @@ from pyrodyn.distributions.gauss_markov import GaussMarkov
 from pyrodyn.distributions.horseshoe import HorseshoeNetwork
 from pyrodyn.distributions.loading import GaugedLoading
 from pyrodyn.distributions.network import NetworkLayout, NetworkPrior, network_layout
+from pyrodyn.distributions.pool import Pool, PoolPrior
 from pyrodyn.distributions.transition import Transition
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "HorseshoeNetwork",
     "NetworkLayout",
     "NetworkPrior",
+    "Pool",
+    "PoolPrior",
     "Transition",
     "network_layout",
 ]

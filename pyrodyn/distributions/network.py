@@ -280,6 +280,11 @@ class NetworkPrior(TorchDistribution):
         return total + torch.where(present, self.probability.log() + blocks, torch.log1p(-self.probability)).sum(-1)
 
     @property
+    def weight(self) -> Tensor:
+        """Precision of every entry, (batch or 1, entry)."""
+        return self.sd_entry.reciprocal().square().reshape(-1, len(self.layout.edge))
+
+    @property
     def uncertain(self) -> list[int]:
         """The edges that may be absent."""
         return (self.probability < 1.0).nonzero().squeeze(-1).tolist()

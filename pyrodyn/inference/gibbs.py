@@ -89,7 +89,7 @@ class Gibbs:
         with random_stream(seed), double_precision(), torch.no_grad():
             sweep = model.conditionals(recording)
             held = checkpoint.read() if checkpoint else None
-            start = {} if held else sweep.start(climb(model, recording), self.chains)
+            start = {} if held else sweep.start(_start(model, recording), self.chains)
             run = Run(self, sweep, start).go(checkpoint)
         samples = {name: torch.stack(parts, 1) for name, parts in run.kept.items()}
         local = {name: torch.stack(parts, 1) for name, parts in run.local.items()}
@@ -117,6 +117,13 @@ class Gibbs:
             samples = {name: torch.stack(parts, 1) for name, parts in run.kept.items()}
             flat = {n: v.unflatten(0, (len(start), self.chains)).flatten(1, 2).unsqueeze(2) for n, v in samples.items()}
             return density.unconstrain(flat)
+
+
+def _start(model: Any, recording: Any) -> Any:
+    """Values to start from; of every session, where ``recording`` is a mapping of session to Recording."""
+    if isinstance(recording, Recording):
+        return climb(model, recording)
+    return {name: climb(model.model, own) for name, own in recording.items()}
 
 
 def climb(model: Any, recording: Recording) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ def scatter(sweep: RegionSweep, state: State, quadratic: Quadratic) -> None:
     """Every chain from a network of its own: a draw under the surrogate, or where that is unstable, the first."""
     vector = sweep.layout.vector(state["dynamics"])
     for _ in range(SCATTER):
-        drawn = sweep.proposal.draw(quadratic, vector, sweep.weight(state))
+        drawn = sweep.proposal.draw(quadratic, vector, sweep.prior(state))
         stable = torch.isfinite(log_stability(sweep.layout.matrix(drawn), sweep.layout))
         vector = torch.where(stable.unsqueeze(-1), drawn, vector)
     state["information"] = quadratic.information.clone()
@@ -81,13 +81,13 @@ def move_network(sweep: RegionSweep, state: State, adapt: bool) -> None:
     parameters = sweep.parameters(state)
     _, readout = factors(sweep.model, parameters, sweep.recording)
     potential = gaussian_potential(readout, seen) if gaussian else sweep.reference(state).potential(readout)
-    information, weight = state["caution"][:, None, None] * state["information"], sweep.weight(state)
+    information, prior = state["caution"][:, None, None] * state["information"], sweep.prior(state)
     here = _scored(sweep, state, parameters, potential, sweep.layout.vector(state["dynamics"]), readout, None)
     rates = []
     for block in torch.randperm(len(sweep.proposal.blocks)).tolist():
-        vector, ahead = sweep.proposal.step(block, here.vector, here.slope, information, weight)
+        vector, ahead = sweep.proposal.step(block, here.vector, here.slope, information, prior)
         there = _scored(sweep, state, parameters, potential, vector, readout, here)
-        behind = sweep.proposal.log_density(block, there.vector, there.slope, information, weight, here.vector, ahead)
+        behind = sweep.proposal.log_density(block, there.vector, there.slope, information, prior, here.vector, ahead)
         change = there.value + behind - here.value - ahead.log_density
         acceptance = torch.nan_to_num(change, -torch.inf).clamp(max=0.0).exp()
         # Signs of common latents are held to one half of the space, on which the step stays reversible.

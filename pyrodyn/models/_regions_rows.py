@@ -38,7 +38,7 @@ def place_regressors(sweep: RegionSweep) -> None:
         certain = [i for i, (target, _) in enumerate(layout.edges) if target == r and i not in which]
         columns = {i: torch.arange(size)[layout.places[layout.edges[i][1]]] for i in (*which, *certain)}
         always = torch.cat([own, *(columns[i] for i in certain), extra])
-        sets = SourceSets([columns[i] for i in which], always, sweep.law.probability[which])
+        sets = SourceSets([columns[i] for i in which], always)
         mean = torch.zeros(sweep.driven.stop, len(own), dtype=torch.float64)
         mean[:size] = matrix_mean[place].mT
         sd = torch.ones(sweep.driven.stop, dtype=torch.float64)
@@ -72,14 +72,15 @@ def draw_rows(sweep: RegionSweep, state: State) -> None:
     target = after[..., :regional].flatten(1, 2)
     gram, cross = design.mT @ design, design.mT @ target
     new, presence = torch.zeros_like(coefficients), layout.presence(state["dynamics"])
-    weight = layout.matrix(sweep.weight(state))
+    prior = sweep.prior(state)
+    weight = layout.matrix(prior.weight)
     for r, (place, sets, mean, sd, which) in enumerate(sweep.targets):
         precision = sd.reciprocal().square().expand(chains, -1).clone()
         precision[:, : layout.size] = weight[:, place.start]  # the same in every row of a block
         if sweep.bumps:
             precision[:, sweep.locked] = state["bump_variance"][:, r, None].reciprocal()
         present = presence[:, r][:, [layout.edges[i][1] for i in which]]
-        new[..., place], _ = sets.draw(gram, cross[..., place], mean, precision, present)
+        new[..., place], _ = sets.draw(gram, cross[..., place], mean, precision, prior.probability[..., which], present)
     dynamics = state["dynamics"].clone()
     dynamics[:, :regional] = new[:, : layout.size].mT
     for i in range(regional, regional + layout.num_globals):

@@ -49,7 +49,7 @@ def _stretch(sweep: RegionSweep, state: State, place: slice, index: int) -> None
     # Sums of squares over their prior variance of what grows (up) and of what shrinks (down), and their numbers.
     up = residual + (path[:, :, 0, place].square().sum((1, 2)) / spread)
     grown = path[0, ..., place].numel() * torch.ones(chains)
-    weight = layout.matrix(sweep.weight(state))
+    weight = layout.matrix(sweep.prior(state).weight)
     outside = torch.ones(layout.size, dtype=torch.bool)
     outside[place] = False
     into, out = dynamics[:, place][..., outside], dynamics[:, :regional][..., place]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,8 +53,14 @@ class RegionSweep:
     fixed: Tensor | None
     targets: list[tuple[slice, SourceSets, Tensor, Tensor, list[int]]]
 
-    def __init__(self, model: MultiRegionLDS, recording: Recording, observations: Tensor | None = None) -> None:
-        self.model, self.recording = model, recording
+    def __init__(
+        self,
+        model: MultiRegionLDS,
+        recording: Recording,
+        observations: Tensor | None = None,
+        given: Callable[[State], NetworkPrior] | None = None,
+    ) -> None:
+        self.model, self.recording, self.given = model, recording, given
         # Groups of chains may see different data: (group, trial, time, unit).
         self.values = recording.values.unsqueeze(0) if observations is None else observations
         self.layout = model.layout(recording)
@@ -73,8 +80,11 @@ class RegionSweep:
 
     # ------------------------------------------------------------------------------------------ start and end
 
-    def start(self, values: dict[str, Tensor], chains: int) -> State:
-        """Chains about ``values`` (*event) or (group, *event), each with a network of its own."""
+    def start(self, values: dict[str, Tensor], chains: int, extra: State | None = None) -> State:
+        """Chains about ``values`` (*event) or (group, *event), each with a network of its own.
+
+        ``extra`` (chain, ...) is what a prior that is not the model's own depends on.
+        """
         grouped = {
             name: value if value.dim() > self.event_dims[name] else value.unsqueeze(0) for name, value in values.items()
         }
@@ -100,7 +110,7 @@ class RegionSweep:
         if not self.model.readout.is_gaussian:
             self._refer(state, settled(prior, readout, self.values, None, ROUNDS))
         quadratic = learn(self, state, held)
-        state |= {name: value.repeat_interleave(chains, 0) for name, value in held.items()}
+        state |= {name: value.repeat_interleave(chains, 0) for name, value in held.items()} | (extra or {})
         shape = (groups * chains, self.recording.num_trials, self.recording.num_bins, self.layout.size)
         state["path"] = torch.zeros(shape, dtype=torch.float64)
         if "noise" in state:
@@ -184,12 +194,10 @@ class RegionSweep:
         )
 
     def prior(self, state: State) -> NetworkPrior:
-        """Prior of every chain's dynamics, given the scales of its edges where these are shrunk."""
+        """Prior of every chain's dynamics, given what sessions share, or the scales of edges that are shrunk."""
+        if self.given is not None:
+            return self.given(state)
         return self.law.given(state["edge_scales"]) if isinstance(self.law, HorseshoeNetwork) else self.law
-
-    def weight(self, state: State) -> Tensor:
-        """Precision of the prior of every entry of the dynamics, (chain or 1, entry)."""
-        return self.prior(state).sd_entry.reciprocal().square().reshape(-1, len(self.layout.edge))
 
     def near(self, state: State, parameters: MultiRegionParameters) -> tuple[GaussMarkov, GaussMarkov, AffineReadout]:
         """Prior of the path, the same under the observations or their reference, and the readout."""
