@@ -19,6 +19,10 @@ class CouplingError(ValueError):
     """A posterior or a graph does not hold what a question about coupling between regions needs."""
 
 
+class ComparisonError(ValueError):
+    """A comparison was asked for that its posteriors or its data cannot answer."""
+
+
 class CollapseError(TypeError):
     """The path of this model cannot be integrated out."""
 

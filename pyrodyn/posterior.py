@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import warnings
@@ -14,13 +15,13 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyrodyn import models, readouts
+from pyrodyn import guides, inference, models, readouts
 from pyrodyn.diagnostics import diagnose
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.errors import ModelError
 from pyrodyn.inference import LogDensity, collapse, collapses
 from pyrodyn.inference.collapse import Collapsed
-from pyrodyn.inference.engine import Draws, double_precision, random_stream
+from pyrodyn.inference.engine import Draws, Engine, double_precision, random_stream
 from pyrodyn.program import (
     IntegratedModel,
     Labelled,
@@ -129,14 +130,35 @@ def recording_of(posterior: xr.DataTree) -> Recording:
 
 def model_of(posterior: xr.DataTree) -> LatentModel:
     """The model a posterior was fitted with, rebuilt from its specification; only classes of the zoo are known."""
-    return _build(json.loads(posterior.attrs["model"]))
+    kinds = {name: getattr(models, name) for name in models.__all__}
+    kinds |= {name: getattr(readouts, name) for name in readouts.__all__}
+    return _build(json.loads(posterior.attrs["model"]), kinds)
+
+
+def engine_of(posterior: xr.DataTree) -> Engine:
+    """The engine a posterior was fitted with, rebuilt from its specification; only the library's own are known."""
+    kinds = {name: getattr(inference, name) for name in inference.__all__}
+    kinds |= {name: item for name, item in vars(guides).items() if dataclasses.is_dataclass(item)}
+    spec = json.loads(posterior.attrs["engine"])
+    known = spec.get("class") in kinds and not isinstance(spec.get("guide"), str)
+    if not known:
+        raise ModelError(
+            f"this posterior was fitted with {spec.get('class')!r} (guide {spec.get('guide')!r}), which is not one of "
+            "pyrodyn's engines and guides; say what to refit with, such as refit=inference.HMC()"
+        )
+    return _build(spec, kinds)
 
 
 def parameters_of(posterior: xr.DataTree, model: LatentModel, draws: int) -> Any:
     """Parameters of ``draws`` evenly thinned posterior draws, each (draw, 1, *event)."""
+    sizes = posterior["posterior"].sizes
+    return parameters_at(posterior, model, thinned(sizes["chain"] * sizes["draw"], draws))
+
+
+def parameters_at(posterior: xr.DataTree, model: LatentModel, chosen: np.ndarray) -> Any:
+    """Parameters of the draws at these positions in (chain x draw), each (draw, 1, *event)."""
     dataset = posterior["posterior"].to_dataset()
     total = dataset.sizes["chain"] * dataset.sizes["draw"]
-    chosen = thinned(total, draws)
     values = {
         str(name): torch.from_numpy(variable.values.reshape(total, 1, *variable.shape[2:])[chosen])
         for name, variable in dataset.data_vars.items()
@@ -308,16 +330,14 @@ def _index(lead: torch.Size) -> dict[str, Any]:
     return {"chain": np.arange(lead[0]), "draw": np.arange(lead[1])}
 
 
-def _build(spec: Any) -> Any:
+def _build(spec: Any, kinds: Mapping[str, Any]) -> Any:
     if isinstance(spec, dict) and "class" in spec:
-        kinds = {name: getattr(models, name) for name in models.__all__}
-        kinds |= {name: getattr(readouts, name) for name in readouts.__all__}
         if spec["class"] not in kinds:
             raise ModelError(
                 f"this posterior was fitted with {spec['class']!r}, which is not in pyrodyn.models; "
                 "hand your own model over as predict(..., model=...)"
             )
-        return kinds[spec["class"]](**{name: _build(value) for name, value in spec.items() if name != "class"})
+        return kinds[spec["class"]](**{name: _build(value, kinds) for name, value in spec.items() if name != "class"})
     return spec
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Protocol, final
+from typing import Any, ClassVar, Protocol, final
 
 import pyro
 import torch
@@ -42,7 +42,15 @@ class LatentModel(ABC):
     """A program with global parameters and, for every trial, something latent.
 
     Subclasses are frozen dataclasses of options; what they declare is all that engines know of them.
+
+    Attributes
+    ----------
+    trials_independent : bool
+        Whether trials are independent given the globals, as they are unless something drifts from trial to trial.
+        Leaving trials out of a comparison relies on it.
     """
+
+    trials_independent: ClassVar[bool] = True
 
     @abstractmethod
     def check(self, recording: Recording) -> None:
@@ -71,6 +79,15 @@ class LatentModel(ABC):
     @abstractmethod
     def transformed(self, parameters: Any, recording: Recording, seed: int) -> Any:
         """The parameters after a random element of the symmetry group, so that the claim can be tested."""
+
+    def log_copies(self, recording: Recording) -> float:
+        """Log of the number of posterior modes that discrete symmetries make equal.
+
+        An evidence computed from the neighbourhood of one mode lacks so much: log K! for K modes of a switching system
+        whose labels may be exchanged, zero where the gauge leaves no choice.
+        """
+        del recording
+        return 0.0
 
     def coordinates(self, recording: Recording) -> dict[str, Any]:
         """Names along the dims of `label` and `invariants` that the recording does not have: as xarray takes them."""

@@ -21,6 +21,7 @@ from torch.distributions import constraints
 from pyrodyn.conditioning import path_evidence, path_given
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.errors import CollapseError
+from pyrodyn.inference.particles import particle_evidence
 from pyrodyn.linalg.matrix import broadcast_shapes
 from pyrodyn.program import OBSERVATION_DIMS, IntegratedModel, Program, StateSpaceModel, trial_plate
 from pyrodyn.readouts import AffineReadout
@@ -106,6 +107,16 @@ class Collapsed:
         if recording.observations is None:
             return prior.expand(readout.batch_shape)
         return path_given(prior, readout, recording.observations)
+
+    def evidence(self, parameters: Any, recording: Recording) -> Tensor:
+        """log p(observations | parameters) of every trial, (*draw, trial), by the `treatment` of the path."""
+        return path_evidence(*self.factors(parameters, recording), recording.values)
+
+    def evidence_error(self, parameters: Any, recording: Recording, particles: int) -> Tensor:
+        """What to add to `evidence`, (*draw, trial), by particles from torch's random state; zero where it is exact."""
+        prior, readout = self.factors(parameters, recording)
+        corrected, approximate = particle_evidence(prior, readout, recording.values, particles=particles)
+        return corrected - approximate
 
     @property
     def treatment(self) -> str:

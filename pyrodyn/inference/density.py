@@ -12,7 +12,8 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 
-from pyrodyn.program import Program, is_random, log_joint
+from pyrodyn.errors import ModelError
+from pyrodyn.program import Program, is_random, log_joint, log_terms
 from pyrodyn.recording import Recording
 
 
@@ -37,14 +38,23 @@ class LogDensity:
     observations : Tensor, (replicate, 1, trial, time, unit), optional
         Replicates of an experiment, in place of the recording's observations: each has a density of its own, and their
         vectors are (replicate, draw, dimension).
+    weights : Tensor, (replicate, 1, trial), optional
+        What each trial's log likelihood is multiplied by: zeros leave trials out, so that refits of a cross-validation
+        are replicates, too. The program's only sites inside the trial plate are then its observations.
 
     Notes
     -----
     ``density(vector)`` takes (*draw, dimension) and returns (*draw): any number of draws is one trace of the program.
     """
 
-    def __init__(self, program: Program, recording: Recording, observations: Tensor | None = None) -> None:
-        self.plain, self.observations, self.recording = program, observations, recording
+    def __init__(
+        self,
+        program: Program,
+        recording: Recording,
+        observations: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> None:
+        self.plain, self.observations, self.weights, self.recording = program, observations, weights, recording
         self.program: Any = program
         if observations is not None:
             self.program = poutine.condition(program, data={"observations": observations})
@@ -63,6 +73,11 @@ class LogDensity:
             start = stop
             parts.append(raw.reshape(-1))
         self.sites = tuple(sites)
+        if weights is not None and any(site.local for site in sites):
+            raise ModelError(
+                "weights of trials need a program without a path of its own, since a trial that counts for nothing "
+                "leaves its path no law; integrate the path out: inference.collapse(model)"
+            )
         self.dimension = start
         self.prototype = (
             torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=recording.device)
@@ -70,11 +85,12 @@ class LogDensity:
 
     def among(self, replicates: Tensor) -> LogDensity:
         """The density of some of the replicates, by their positions."""
-        if self.observations is None:
-            return self
         chosen = copy.copy(self)
-        chosen.observations = self.observations[replicates]
-        chosen.program = poutine.condition(self.plain, data={"observations": chosen.observations})
+        if self.weights is not None:
+            chosen.weights = self.weights[replicates]
+        if self.observations is not None:
+            chosen.observations = self.observations[replicates]
+            chosen.program = poutine.condition(self.plain, data={"observations": chosen.observations})
         return chosen
 
     def constrain(self, vector: Tensor) -> dict[str, Tensor]:
@@ -98,7 +114,10 @@ class LogDensity:
         for site in self.sites:
             values[site.name], term = self._value(site, vector)
             jacobian = jacobian + term
-        return log_joint(self.program, values, self.recording) + jacobian
+        if self.weights is None:
+            return log_joint(self.program, values, self.recording) + jacobian
+        shared, of_trials = log_terms(self.program, values, self.recording)
+        return shared + (self.weights * of_trials).sum(-1) + jacobian
 
     def _value(self, site: Site, vector: Tensor) -> tuple[Tensor, Tensor]:
         draws = vector.shape[:-1]

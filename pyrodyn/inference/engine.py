@@ -74,6 +74,18 @@ class ReplicatingEngine(Protocol):
         ...
 
 
+@runtime_checkable
+class RefittingEngine(Protocol):
+    """An engine whose replicates know the data by their density alone, so that trials may be weighted or left out."""
+
+    def refit(self, density: LogDensity, start: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Unconstrained draws (replicate, draw, dimension), from starts (replicate, dimension).
+
+        With log q (replicate, draw) where they are independent draws from a density q.
+        """
+        ...
+
+
 def starting_values(program: Program, recording: Recording, max_steps: int, label: str) -> dict[str, Tensor]:
     """Values of the globals near the posterior mode; the model's own guess where the path does not collapse."""
     model = program.model if isinstance(program, Collapsed) else program

@@ -125,6 +125,10 @@ class HMC:
         position = self._scatter(density, mode.squeeze(1), root, WIDE)
         return Run(self, density, position, root).go(None).vectors.movedim(0, 2).flatten(1, 2)
 
+    def refit(self, density: LogDensity, start: Tensor) -> tuple[Tensor, None]:
+        """`replicate`; no density of the draws is known."""
+        return self.replicate(density, start), None
+
     def _first_root(
         self, program: Program, density: LogDensity, start: Tensor, values: dict[str, Tensor]
     ) -> tuple[Tensor, float]:

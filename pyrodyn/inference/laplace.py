@@ -69,9 +69,14 @@ class Laplace:
 
         The observations of ``density`` are (replicate, 1, trial, time, unit).
         """
+        return self.refit(density, start)[0]
+
+    def refit(self, density: LogDensity, start: Tensor) -> tuple[Tensor, Tensor]:
+        """`replicate`, and log q (replicate, draw) of the draws in unconstrained coordinates."""
         mode, _ = ascend(density, start.unsqueeze(1), self.max_steps, "Laplace: mode")
         root, _ = covariance_root(negative_hessian(density, mode, "Laplace: curvature"), FLOOR)
-        return mode + torch.randn(len(start), self.draws, start.shape[-1]) @ root.mT
+        noise = torch.randn(len(start), self.draws, start.shape[-1])
+        return mode + noise @ root.mT, -0.5 * noise.square().sum(-1) - _log_volume(root).unsqueeze(-1)
 
     def _draw(self, density: LogDensity, mode: Tensor, hessian: Tensor, converged: bool, treatment: str) -> Draws:
         warnings = [] if converged else [f"Laplace: the mode was not reached in max_steps={self.max_steps} steps"]
@@ -80,7 +85,7 @@ class Laplace:
             warnings.append(
                 f"Laplace: {int(flat)} of {len(mode)} directions have no curvature at the mode; given sd 100"
             )
-        log_volume = float(root.diagonal().log().sum()) + 0.5 * len(mode) * math.log(2.0 * math.pi)
+        log_volume = float(_log_volume(root))
         noise = torch.randn(self.draws, len(mode))
         vectors = mode + noise @ root.mT
         values = density.constrain(vectors)
@@ -94,3 +99,8 @@ class Laplace:
             notes={"log_evidence": evidence, "log_evidence_estimator": "Laplace over globals", "converged": converged},
             warnings=tuple(warnings),
         )
+
+
+def _log_volume(root: Tensor) -> Tensor:
+    """Log of the integral of exp(-|L^-1 z|^2 / 2) for lower triangular L (*batch, dimension, dimension), (*batch)."""
+    return root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * root.shape[-1] * math.log(2.0 * math.pi)

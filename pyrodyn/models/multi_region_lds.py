@@ -2,6 +2,7 @@ r"""Coupled regions: a hierarchical linear dynamical system with a posterior ove
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -317,6 +318,15 @@ class MultiRegionLDS(StateSpaceModel):
 
     def transformed(self, parameters: MultiRegionParameters, recording: Recording, seed: int) -> MultiRegionParameters:
         return labels.transformed(self, parameters, recording, seed)
+
+    def log_copies(self, recording: Recording) -> float:
+        """Signs and order of the global latents, and the signs of the trial's level and of one shared innovation.
+
+        Several shared innovations may be turned, a symmetry without separate modes; it counts for nothing here.
+        """
+        layout = self.layout(recording)
+        signs = layout.num_globals + int(layout.level) + (self.shared_innovations == 1)
+        return signs * math.log(2.0) + math.lgamma(layout.num_globals + 1)
 
     def conditionals(self, recording: Recording, observations: Tensor | None = None) -> RegionSweep:
         """The moves of blocked Gibbs sampling; see `inference.Gibbs`."""

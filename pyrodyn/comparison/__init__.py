@@ -1,0 +1,7 @@
+"""Comparison of models on the data they were fitted to, by several estimators that say how far they can be trusted."""
+
+from pyrodyn.comparison.loo import LOO
+from pyrodyn.comparison.table import ComparisonWarning, as_table, compare
+from pyrodyn.comparison.terms import Particles
+
+__all__ = ["LOO", "ComparisonWarning", "Particles", "as_table", "compare"]
