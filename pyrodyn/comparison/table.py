@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from pyrodyn.comparison.folds import KFold
+from pyrodyn.comparison.future import LeaveFutureOut
 from pyrodyn.comparison.loo import LOO
 from pyrodyn.comparison.terms import LAPLACE, Candidate, Score, same_data
 from pyrodyn.comparison.weights import model_weights
@@ -141,7 +143,13 @@ def _candidates(
 def _by_default(
     found: list[Candidate], recording: Recording | None, seed: int
 ) -> tuple[list[xr.Dataset], list[str]]:
+    """LOO; where weights fail for any candidate, K-fold for all, since the two leave different numbers of trials out."""
+    if all(candidate.recording.num_trials == 1 for candidate in found):
+        table, complaints = _scored(found, LeaveFutureOut(), recording, seed)
+        return [table], complaints
     table, complaints = _scored(found, LOO(), recording, seed)
+    if (table["bad_k_share"] > 0.0).any():
+        table, complaints = _scored(found, KFold(), recording, seed)
     return [table], complaints
 
 
