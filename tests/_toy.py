@@ -19,7 +19,7 @@ from pyrodyn import readouts
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.inference import LogDensity, collapse
 from pyrodyn.inference.engine import double_precision
-from pyrodyn.program import Labelled, StateSpaceModel, log_terms
+from pyrodyn.program import Labelled, StateSpaceModel, globals_given, log_terms
 from pyrodyn.readouts import AffineReadout, Readout
 from pyrodyn.recording import Recording
 
@@ -95,7 +95,7 @@ def toy_recording(kind: str = "Gaussian", trials: int = 8, bins: int = 6, units:
 class Quadrature:
     """Exact answers for the toy model from a grid over its two unconstrained parameters."""
 
-    def __init__(self, model: Toy, recording: Recording, size: int = 121) -> None:
+    def __init__(self, model: Toy, recording: Recording, size: int = 121, *, states: int = 0) -> None:
         self.model, self.recording = model, recording
         self.density = LogDensity(collapse(model), recording)
         level, log_gain = torch.linspace(-3.0, 3.0, size), torch.linspace(-2.5, 2.0, size)
@@ -105,6 +105,8 @@ class Quadrature:
             values = self.density.constrain(self.grid)
             self.shared, self.of_trials = log_terms(self.density.program, values, recording)
             self.log_prior = self.shared + self.density.log_jacobian(self.grid)
+            if states:  # the path, too, by quadrature, and not by Laplace
+                self.of_trials = path_quadrature(model, globals_given(model, values, recording), recording, states)
 
     def log_evidence(self, trials: list[int] | None = None) -> float:
         """log p of some trials."""
@@ -117,3 +119,26 @@ class Quadrature:
         base = self.log_prior + self.of_trials[:, rest].sum(-1)
         joint = (base.unsqueeze(-1) + self.of_trials[:, trials]).logsumexp(0)
         return (joint - base.logsumexp(0)).numpy()
+
+
+def path_quadrature(model: Toy, parameters: ToyParameters, recording: Recording, states: int) -> Tensor:
+    """log p(y | parameters) of every trial, (draw, trial), by a forward recursion over a grid of states."""
+    grid = torch.linspace(-5.5, 5.5, states, dtype=torch.float64)
+    weight = float(grid[1] - grid[0])
+    innovation = math.sqrt(1.0 - model.persistence**2)
+    stationary = torch.distributions.Normal(0.0, 1.0).log_prob(grid)
+    step = torch.distributions.Normal(model.persistence * grid[:, None], innovation).log_prob(grid).exp() * weight
+    predictor = (parameters.level + parameters.gain * grid).squeeze(1)  # (draw, state)
+    values = recording.values  # (trial, time, unit)
+    predictor = predictor[:, None, :, None]
+    alpha, total = None, 0.0
+    for bin_ in range(recording.num_bins):
+        seen = values[None, :, bin_, None, :]
+        noise = None if model.readout.noise_name is None else torch.tensor(NOISE)
+        fit = model.readout.log_prob(predictor.expand(-1, -1, -1, seen.shape[-1]), noise, seen).sum(-1)
+        ahead = stationary.exp() * weight if alpha is None else alpha @ step
+        top = fit.amax(-1, keepdim=True)
+        alpha = ahead * (fit - top).exp()
+        mass = alpha.sum(-1, keepdim=True)
+        alpha, total = alpha / mass, total + (mass.log() + top).squeeze(-1)
+    return total
