@@ -11,8 +11,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyrodyn import guides, inference, models, readers, readouts, systems
+    from pyrodyn import comparison, guides, inference, models, readers, readouts, systems
     from pyrodyn.calibration import calibrate
+    from pyrodyn.comparison import ComparisonWarning, compare
     from pyrodyn.coupling import (
         compare_edges,
         coupling_graph,
@@ -31,10 +32,13 @@ if TYPE_CHECKING:
 __version__ = version("pyrodyn")
 
 __all__ = [
+    "ComparisonWarning",
     "FitWarning",
     "Recording",
     "calibrate",
+    "compare",
     "compare_edges",
+    "comparison",
     "coupling_graph",
     "edges_into",
     "fit",
@@ -62,6 +66,7 @@ __all__ = [
 _HOMES = {
     "Recording": "recording",
     "calibrate": "calibration",
+    **dict.fromkeys(("ComparisonWarning", "compare"), "comparison"),
     **dict.fromkeys(("compare_edges", "coupling_graph", "edges_into", "graph_metrics", "intervene"), "coupling"),
     **dict.fromkeys(("node_link_json", "to_networkx", "write_graphml"), "coupling"),
     **dict.fromkeys(("FitWarning", "model_of", "recording_of", "to_inferencedata"), "posterior"),

@@ -65,6 +65,16 @@ def diagnose(invariants: xr.Dataset, stats: xr.Dataset, superchains: int | None 
     return Diagnosis(values, (f"{kind} of the invariants reaches {worst:.2f}: raise warmup and draws",))
 
 
+def effective_share(draws: np.ndarray) -> float:
+    """Effective draws a draw behind means of (chain, draw, ...), on average over the rest; at most one."""
+    if draws.shape[1] < LEAST_DRAWS:
+        return 1.0
+    series = xr.Dataset({"value": (("chain", "draw", "rest"), draws.reshape(*draws.shape[:2], -1))})
+    with np.errstate(all="ignore"):
+        found = float(np.nanmean(arviz_stats.ess(series, method="mean")["value"].values))
+    return min(1.0, found / (draws.shape[0] * draws.shape[1])) if math.isfinite(found) else 1.0
+
+
 def nested_rhat(draws: xr.Dataset, superchains: int) -> xr.Dataset:
     r"""Nested R-hat of every variable (chain, draw, ...), for many short chains in groups that share a start.
 

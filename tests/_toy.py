@@ -137,6 +137,8 @@ def path_quadrature(model: Toy, parameters: ToyParameters, recording: Recording,
         noise = None if model.readout.noise_name is None else torch.tensor(NOISE)
         fit = model.readout.log_prob(predictor.expand(-1, -1, -1, seen.shape[-1]), noise, seen).sum(-1)
         ahead = stationary.exp() * weight if alpha is None else alpha @ step
+        if recording.mask is not None:
+            fit = torch.where(recording.mask[:, bin_].all(-1)[None, :, None], fit, 0.0)  # bins are hidden whole
         top = fit.amax(-1, keepdim=True)
         alpha = ahead * (fit - top).exp()
         mass = alpha.sum(-1, keepdim=True)

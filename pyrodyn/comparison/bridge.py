@@ -18,13 +18,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import arviz_stats
 import numpy as np
 import torch
-import xarray as xr
 from scipy.special import logsumexp
 from torch import Tensor
 
+from pyrodyn.diagnostics import effective_share
 from pyrodyn.errors import ComparisonError
 
 STEPS, TOLERANCE = 1000, 1e-10
@@ -65,7 +64,7 @@ def bridge(log_density: Callable[[Tensor], Tensor], draws: Tensor) -> tuple[floa
         return (log_density(vectors) - gaussian).numpy()
 
     own, other = excess(bridged.reshape(-1, size)), excess(proposed)
-    effective = _effective(own.reshape(chains, -1))
+    effective = count * effective_share(own.reshape(chains, -1))
     log_own, log_other = math.log(effective / (effective + count)), math.log(count / (effective + count))
     value = float(np.median(own))
     for _ in range(STEPS):
@@ -77,15 +76,5 @@ def bridge(log_density: Callable[[Tensor], Tensor], draws: Tensor) -> tuple[floa
     first = np.exp(other - value - np.logaddexp(log_own + other - value, log_other))
     second = np.exp(-np.logaddexp(log_own + own - value, log_other))
     relative = first.var() / first.mean() ** 2 / len(first)
-    relative += second.var() / second.mean() ** 2 / _effective(second.reshape(chains, -1))
+    relative += second.var() / second.mean() ** 2 / (count * effective_share(second.reshape(chains, -1)))
     return value, math.sqrt(relative)
-
-
-def _effective(values: np.ndarray) -> float:
-    """Effective number of draws behind the mean of (chain, draw)."""
-    if values.shape[1] < 4:
-        return float(values.size)
-    with np.errstate(all="ignore"):
-        series = xr.Dataset({"value": (("chain", "draw"), values)})
-        found = float(arviz_stats.ess(series, method="mean")["value"])
-    return min(found, float(values.size)) if math.isfinite(found) else float(values.size)

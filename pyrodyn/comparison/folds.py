@@ -11,6 +11,7 @@ Reference: Vehtari, Gelman & Gabry, Stat. Comput. 27:1413 (2017), on K-fold wher
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -35,7 +36,9 @@ from pyrodyn.comparison.terms import (
     largest_good_k,
     smoothed,
     terms_of,
+    weighted_mean,
 )
+from pyrodyn.diagnostics import effective_share
 from pyrodyn.errors import ComparisonError
 from pyrodyn.fitting import fit
 from pyrodyn.inference import HMC, NUTS, SVI, Laplace, LogDensity, collapse
@@ -47,6 +50,8 @@ from pyrodyn.recording import Recording
 
 CLIMB = 200  # steps of L-BFGS towards the mode of all trials, where the climbs of the folds start
 FOLD_STREAM = 1_000_037  # a random stream that nothing else uses
+# Surplus latents leave flat directions, along which a climb never ends and a Gaussian without a bound has no meaning.
+NEAR_MODE = Laplace(draws=400, max_steps=200, tolerance=1e-8, least_curvature=1.0)
 SHORT = HMC(draws=25, warmup=100, chains=16)  # for each fold, started at its mode
 
 
@@ -69,11 +74,12 @@ class KFold:
 
     Notes
     -----
-    Draws of `Laplace` are weighted by the smoothed ratio of the posterior's density to theirs; k-hat of a trial is
-    that of its fold.
+    Draws of an approximation (`Laplace`, SVI) are weighted by the smoothed ratio of the posterior's density to theirs,
+    where k-hat of the ratio allows it; otherwise they are taken as they are, and the name of the estimator says so. The
+    score is then that of the approximate fit: its trials were left out all the same.
     """
 
-    folds: int = 10
+    folds: int = 5
     refit: Engine | None = None
     particles: Particles | None = field(default_factory=Particles)
     seed: int = 0
@@ -85,15 +91,13 @@ class KFold:
         number = _fold_of(candidate.recording, self.folds, self.seed)
         found = self.left_out(candidate, [np.flatnonzero(number == k) for k in range(number.max() + 1)], seed)
         return Score(
-            f"{number.max() + 1}-fold, refits by {found.engine}",
+            f"{number.max() + 1}-fold, refits by {found.engine}{found.manner}",
             found.likelihood,
             "elpd",
             found.pointwise,
             "trial",
             candidate.recording.trial,
             candidate.recording,
-            good_k=found.good_k,
-            k_hat=found.k_hat,
             error=float(np.sqrt(found.variance.sum())),
             p_eff=_parameters(candidate, found),
             uncorrected=found.uncorrected,
@@ -102,51 +106,43 @@ class KFold:
     def left_out(self, candidate: Candidate, held: list[np.ndarray], seed: int) -> LeftOut:
         """Scores of the trials in ``held``, a fold each, given all trials of no or another fold."""
         engine = _like(candidate.engine(None)) if self.refit is None else self.refit
-        refits = _batched if isinstance(engine, RefittingEngine) else _one_by_one
-        count = candidate.recording.num_trials
-        found = LeftOut(
-            np.full(count, np.nan), np.full(count, np.nan), np.zeros(count), None, EXACT, 0.7, type(engine).__name__
-        )
-        laplace = "exactly" not in collapse(candidate.model).treatment
-        for trials, refitted in zip(held, refits(candidate, engine, held, seed), strict=True):
-            found = self._take(found, trials, refitted, candidate, laplace, seed)
-        return found
-
-    def _take(
-        self, found: LeftOut, trials: np.ndarray, refitted: Refitted, candidate: Candidate, laplace: bool, seed: int
-    ) -> LeftOut:
-        weights, k_hat = refitted.log_weights, refitted.k_hat
-        likelihood = refitted.log_likelihood[:, trials]
-        found.pointwise[trials] = logsumexp(weights[:, None] + likelihood, axis=0)
-        found.k_hat[trials] = k_hat
-        found = found._replace(good_k=largest_good_k(len(weights)))
-        if not laplace:
-            return found
-        if self.particles is None:
-            return found._replace(likelihood=LAPLACE)
-        before = np.full(len(found.pointwise), np.nan) if found.uncorrected is None else found.uncorrected
-        before[trials] = found.pointwise[trials]
-        some = thinned(len(weights), self.particles.draws)
-        part = candidate.recording.isel(trial=trials)
-        errors = evidence_error(
-            candidate.model, refitted.globals_at, some, part, self.particles.particles, seed + int(trials[0])
-        )
-        added, variance = averaged_error(errors, weights[some][:, None] + likelihood[some])
-        found.pointwise[trials] += added
-        found.variance[trials] = variance
-        return found._replace(likelihood=PARTICLES, uncorrected=before)
+        if isinstance(engine, RefittingEngine):
+            refitted = _batched(candidate, engine, held, seed)
+        else:
+            refitted = _one_by_one(candidate, engine, held, seed)
+        count, laplace = candidate.recording.num_trials, "exactly" not in collapse(candidate.model).treatment
+        pointwise, variance, before = np.full(count, np.nan), np.zeros(count), None
+        weighted = []
+        for trials, fold in zip(held, refitted, strict=True):
+            weighted.append(fold.weighted)
+            scores = fold.log_weights[:, None] + fold.log_likelihood[:, trials]
+            pointwise[trials], variance[trials] = weighted_mean(
+                fold.log_weights[:, None], fold.log_likelihood[:, trials], fold.efficiency
+            )
+            if not laplace or self.particles is None:
+                continue
+            before = np.full(count, np.nan) if before is None else before
+            before[trials] = pointwise[trials]
+            some, part = thinned(len(scores), self.particles.draws), candidate.recording.isel(trial=trials)
+            errors = evidence_error(
+                candidate.model, fold.globals_at, some, part, self.particles.particles, seed + int(trials[0])
+            )
+            added, more = averaged_error(errors, scores[some])
+            pointwise[trials] += added
+            variance[trials] += more
+        likelihood = (LAPLACE if self.particles is None else PARTICLES) if laplace else EXACT
+        return LeftOut(pointwise, variance, before, likelihood, type(engine).__name__, _manner(weighted))
 
 
 class LeftOut(NamedTuple):
     """Scores of trials that were left out, (trial,), NaN for those that were not."""
 
     pointwise: np.ndarray
-    k_hat: np.ndarray
-    variance: np.ndarray
+    variance: np.ndarray  # Monte Carlo, of draws and particles
     uncorrected: np.ndarray | None
     likelihood: str
-    good_k: float
     engine: str
+    manner: str  # how draws of an approximation were used
 
 
 class Refitted(NamedTuple):
@@ -154,13 +150,14 @@ class Refitted(NamedTuple):
 
     log_likelihood: np.ndarray  # (sample, trial), path integrated out
     log_weights: np.ndarray  # (sample,), normalised
-    k_hat: float  # NaN where draws are from the posterior itself
+    weighted: bool | None  # whether by p/q; None where draws are from the posterior itself
+    efficiency: float  # effective draws a draw
     globals_at: Any  # positions among the samples -> parameters
 
 
 def _fold_of(recording: Recording, folds: int, seed: int) -> np.ndarray:
     """The number of every trial's fold."""
-    if not 2 <= folds:
+    if folds < 2:
         raise ComparisonError(f"folds must be 2 or more, got {folds}")
     folds = min(folds, recording.num_trials)
     split = recording.split_trials({f"{k}": 1.0 / folds for k in range(folds)}, seed=seed).split
@@ -171,57 +168,73 @@ def _like(engine: Engine) -> Engine:
     """What refits in place of an engine: the same kind of approximation, all folds at once where there is such."""
     if isinstance(engine, (HMC, NUTS)):
         return SHORT
-    return Laplace(draws=engine.draws) if isinstance(engine, (SVI, Laplace)) else engine
+    return NEAR_MODE if isinstance(engine, (SVI, Laplace)) else engine
 
 
-def _batched(candidate: Candidate, engine: RefittingEngine, held: list[np.ndarray], seed: int):
+def _batched(candidate: Candidate, engine: RefittingEngine, held: list[np.ndarray], seed: int) -> Iterator[Refitted]:
     """Refits as replicates of one density with weighted trials, in blocks that fit into memory."""
     recording, program = candidate.recording, collapse(candidate.model)
     weights = torch.ones(len(held), 1, recording.num_trials, dtype=torch.float64)
     for row, trials in zip(weights, held, strict=True):
         row[0, torch.from_numpy(trials)] = 0.0
-    chains = getattr(engine, "chains", 64)
-    block = max(1, BATCH_NUMBERS // (chains * recording.num_trials * recording.num_bins * recording.num_units))
+    chains = getattr(engine, "chains", 1)
+    block = max(1, BATCH_NUMBERS // (max(chains, 64) * recording.num_trials * recording.num_bins * recording.num_units))
     with progress(len(held), "folds") as bar:
         for part in weights.split(block):
             with random_stream(seed, FOLD_STREAM), double_precision():
                 density = LogDensity(program, recording, weights=part)
                 start = density.unconstrain(starting_values(program, recording, CLIMB, "K-fold: start"))
                 vectors, log_q = engine.refit(density, start.expand(len(part), -1).clone())
-                with torch.no_grad():
-                    log_p = torch.zeros(vectors.shape[:2]) if log_q is None else density(vectors) - log_q
-            for ratio, vector in zip(log_p.numpy(), vectors, strict=True):
-                yield _refitted(candidate, density, vector, ratio, weighted=log_q is not None)
+            for k, drawn in enumerate(vectors):
+                own = None if log_q is None else log_q[k]
+                yield _refitted(candidate, density, drawn, own, part[k, 0] > 0.0, chains)
                 bar.update()
 
 
 def _refitted(
-    candidate: Candidate, density: LogDensity, vectors: Tensor, ratio: np.ndarray, *, weighted: bool
+    candidate: Candidate, density: LogDensity, vectors: Tensor, log_q: Tensor | None, kept: Tensor, chains: int
 ) -> Refitted:
+    """Draws (chain x draw, dimension) of the posterior of the trials ``kept``, scored on all trials."""
     recording, model = candidate.recording, candidate.model
 
-    def values_at(chosen: np.ndarray) -> Any:
-        return density.constrain(vectors[torch.from_numpy(chosen)])
-
     def globals_at(chosen: np.ndarray) -> Any:
-        return globals_given(model, values_at(chosen), recording)
+        return globals_given(model, density.constrain(vectors[torch.from_numpy(chosen)]), recording)
 
     size = max(1, BATCH_NUMBERS // (recording.num_trials * recording.num_bins * recording.num_units))
-    every = np.arange(len(vectors))
+    shared, of_trials = [], []
     with torch.no_grad(), double_precision():
-        parts = [log_terms(density.program, values_at(some), recording)[1] for some in _chunks(every, size)]
-    log_weights, k_hat = np.full(len(every), -np.log(len(every))), np.nan
-    if weighted:
-        smooth, shape = smoothed(ratio[:, None])
-        log_weights, k_hat = smooth[:, 0], float(shape[0])
-    return Refitted(torch.cat(parts).numpy(), log_weights, k_hat, globals_at)
+        for some in vectors.split(size):
+            prior, terms = log_terms(density.program, density.constrain(some), recording)
+            shared.append(prior + density.log_jacobian(some))
+            of_trials.append(terms)
+    found = torch.cat(of_trials).nan_to_num(-torch.inf, posinf=-torch.inf)  # a draw without a density predicts nothing
+    log_weights, weighted = _equal(len(vectors)), None
+    if log_q is not None:
+        log_p = torch.cat(shared) + found[:, kept].sum(-1)
+        log_weights, weighted = _trusted((log_p - log_q).numpy())
+    share = 1.0 if log_q is not None else effective_share(found.reshape(chains, -1, recording.num_trials).numpy())
+    return Refitted(found.numpy(), log_weights, weighted, share, globals_at)
 
 
-def _chunks(positions: np.ndarray, size: int) -> list[np.ndarray]:
-    return [positions[i : i + size] for i in range(0, len(positions), size)]
+def _trusted(ratio: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Log weights by the log ratio of p and q where k-hat allows it, equal ones otherwise, and which."""
+    weights, k_hat = smoothed(ratio[:, None])
+    if k_hat[0] <= largest_good_k(len(ratio)):
+        return weights[:, 0], True
+    return _equal(len(ratio)), False
 
 
-def _one_by_one(candidate: Candidate, engine: Engine, held: list[np.ndarray], seed: int):
+def _equal(count: int) -> np.ndarray:
+    return np.full(count, -np.log(count))
+
+
+def _manner(weighted: list[bool | None]) -> str:
+    if None in weighted:
+        return ""
+    return ", weighted by p/q" if all(weighted) else ", draws as they are" + " in some folds" * any(weighted)
+
+
+def _one_by_one(candidate: Candidate, engine: Engine, held: list[np.ndarray], seed: int) -> Iterator[Refitted]:
     """A fit from scratch without every fold, for engines that take one recording at a time."""
     recording, model = candidate.recording, candidate.model
     with progress(len(held), "folds") as bar:
@@ -232,9 +245,9 @@ def _one_by_one(candidate: Candidate, engine: Engine, held: list[np.ndarray], se
                 posterior = fit(model, rest, engine, seed=seed + k)
             left = Candidate(candidate.name, model, posterior, rest)
             terms = terms_of(left)
-            log_weights, k_hat = full_weights(terms)[:, 0], np.nan
+            log_weights, weighted = _equal(len(terms.positions)), None
             if terms.weighted:
-                k_hat = float(smoothed(terms.log_ratio[:, None])[1][0])
+                log_weights, weighted = _trusted(terms.log_ratio)
             # Parameters, unlike sites, do not depend on the gauge of the trials that they were fitted to.
             found = np.full((len(log_weights), recording.num_trials), np.nan)
             part = recording.isel(trial=trials)
@@ -243,7 +256,7 @@ def _one_by_one(candidate: Candidate, engine: Engine, held: list[np.ndarray], se
             def globals_at(chosen: np.ndarray, left: Candidate = left, terms: Any = terms) -> Any:
                 return left.globals_at(terms.positions[chosen])
 
-            yield Refitted(found, log_weights, k_hat, globals_at)
+            yield Refitted(found, log_weights, weighted, terms.efficiency, globals_at)
             bar.update()
 
 

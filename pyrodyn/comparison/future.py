@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import logsumexp
 
 from pyrodyn.comparison.terms import (
     EXACT,
@@ -34,6 +34,7 @@ from pyrodyn.comparison.terms import (
     largest_good_k,
     smoothed,
     terms_of,
+    weighted_mean,
 )
 from pyrodyn.errors import ComparisonError
 from pyrodyn.fitting import fit
@@ -86,7 +87,7 @@ class LeaveFutureOut:
         engine = candidate.engine(self.refit)
         blocks, refits, state = [], 0, None
         with progress(len(cuts) - 1, "leave the future out") as bar:
-            for cut, stop in zip(cuts[:-1], cuts[1:], strict=True):
+            for cut, stop in pairwise(cuts.tolist()):
                 block = None
                 if state is not None and not self.always_refit:
                     block = self._block(candidate, state, cut, stop, seed)
@@ -137,10 +138,11 @@ class LeaveFutureOut:
             weights, k_hat = smooth[:, 0], float(shape[0])
         else:
             weights, k_hat = np.full(len(ratio), -np.log(len(ratio))), np.nan
-        value = float(logsumexp(weights + whole - known))
+        total, spread = weighted_mean(weights, whole - known, state.terms.efficiency)
+        value, variance = float(total), float(spread)
         if state.terms.likelihood == EXACT or self.particles is None:
-            return _Block(value, value, 0.0, k_hat)
-        added, variance = 0.0, 0.0
+            return _Block(value, value, variance, k_hat)
+        added = 0.0
         some = thinned(len(weights), self.particles.draws)
         positions = state.terms.positions[some]
         for sign, bins, log_weights in ((1.0, stop, weights + whole - known), (-1.0, cut, weights)):
@@ -148,8 +150,8 @@ class LeaveFutureOut:
             errors = evidence_error(
                 candidate.model, state.fit.globals_at, positions, seen, self.particles.particles, seed + bins
             )
-            more, spread = averaged_error(errors.sum(1, keepdims=True), log_weights[some][:, None])
-            added, variance = added + sign * float(more[0]), variance + float(spread[0])
+            more, noise = averaged_error(errors.sum(1, keepdims=True), log_weights[some][:, None])
+            added, variance = added + sign * float(more[0]), variance + float(noise[0])
         return _Block(value + added, value, variance, k_hat)
 
 

@@ -75,10 +75,14 @@ class HeldOutUnits:
         """Positions of the units that are hidden together."""
         if recording.heldout.any() and not recording.heldout.all():
             return [np.flatnonzero(recording.heldout)]
-        if not 2 <= self.groups:
-            raise ComparisonError(f"groups must be 2 or more, got {self.groups}: some units must be left to predict from")
+        if self.groups < 2:
+            raise ComparisonError(
+                f"groups must be 2 or more, got {self.groups}: some units must be left to predict from"
+            )
         if recording.num_units < 2:
-            raise ComparisonError("the recording has a single unit, and no other to predict it from; use HeldOutEntries")
+            raise ComparisonError(
+                "the recording has a single unit, and no other to predict it from; use HeldOutEntries"
+            )
         order = np.random.default_rng(self.seed).permutation(recording.num_units)
         return [np.sort(part) for part in np.array_split(order, min(self.groups, recording.num_units))]
 
@@ -103,9 +107,7 @@ class HeldOutEntries:
         estimator = f"{int(hidden.sum())} held-out entries"
         if not recording.counts:
             return _density(candidate, recording, [candidate.recording], self.draws, estimator, only)
-        found = predict(
-            candidate.posterior, candidate.recording, draws=self.draws, seed=seed, model=candidate.model
-        )
+        found = predict(candidate.posterior, candidate.recording, draws=self.draws, seed=seed, model=candidate.model)
         return _bits(candidate, only, np.where(hidden, found["expected"].values, 0.0), _observed(only), estimator)
 
     @staticmethod
@@ -113,8 +115,8 @@ class HeldOutEntries:
         """Entries (trial, time, unit) that ``recording`` holds and the fit did not see."""
         if recording is None:
             raise ComparisonError(
-                "HeldOutEntries scores what was hidden from the fit: fit recording.hide(...), and say recording=..., the "
-                "one with nothing hidden"
+                "HeldOutEntries scores what was hidden from the fit: fit recording.hide(...), and say recording=..., "
+                "the one with nothing hidden"
             )
         fitted = candidate.recording
         if _shape(fitted) != _shape(recording) or not np.array_equal(fitted.trial, recording.trial):
@@ -139,9 +141,7 @@ def _observed(recording: Recording) -> np.ndarray:
     return recording.to_xarray()["observations"].values
 
 
-def _bits(
-    candidate: Candidate, scored: Recording, expected: np.ndarray, counts: np.ndarray, estimator: str
-) -> Score:
+def _bits(candidate: Candidate, scored: Recording, expected: np.ndarray, counts: np.ndarray, estimator: str) -> Score:
     if not np.nansum(counts) > 0:
         raise ComparisonError(
             f"{candidate.name!r}: the held-out entries hold no spike, so bits per spike do not exist; hold out more"

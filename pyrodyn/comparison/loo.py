@@ -31,6 +31,7 @@ from pyrodyn.comparison.terms import (
     largest_good_k,
     smoothed,
     terms_of,
+    weighted_mean,
 )
 from pyrodyn.errors import ComparisonError
 from pyrodyn.recording import Recording
@@ -56,13 +57,13 @@ class LOO:
         terms = terms_of(candidate)
         found = terms.log_likelihood
         weights, k_hat = smoothed(terms.log_ratio[:, None] - found, terms.efficiency)
-        pointwise = logsumexp(weights + found, axis=0)
+        pointwise, variance = weighted_mean(weights, found, terms.efficiency)
         inside = logsumexp(full_weights(terms) + found, axis=0)
-        likelihood, uncorrected, error = terms.likelihood, None, 0.0
+        likelihood, uncorrected = terms.likelihood, None
         if terms.likelihood != EXACT and self.particles is not None:
-            added, variance = corrected(candidate, terms, weights, self.particles, seed)
+            added, more = corrected(candidate, terms, weights, self.particles, seed)
             likelihood, uncorrected = PARTICLES, pointwise
-            pointwise, error = pointwise + added, float(np.sqrt(variance.sum()))
+            pointwise, variance = pointwise + added, variance + more
         estimator = "PSIS-LOO"
         if terms.weighted:
             estimator += f" of {terms.engine} draws weighted by p/q"
@@ -78,7 +79,7 @@ class LOO:
             candidate.recording,
             good_k=largest_good_k(len(found)),
             k_hat=k_hat,
-            error=error,
+            error=float(np.sqrt(variance.sum())),
             p_eff=float((inside - (pointwise if uncorrected is None else uncorrected)).sum()),
             uncorrected=uncorrected,
         )

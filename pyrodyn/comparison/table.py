@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import pandas as pd
 import xarray as xr
 
 from pyrodyn.comparison.folds import KFold
@@ -107,8 +106,8 @@ def compare(
     return table.assign_attrs(seed=seed, warnings=json.dumps(complaints))
 
 
-def as_table(comparison: xr.Dataset) -> pd.DataFrame:
-    """The columns of a comparison, one row a model (and method), without what is pointwise."""
+def as_table(comparison: xr.Dataset) -> Any:
+    """The columns of a comparison as a pandas.DataFrame, one row a model (and method), without what is pointwise."""
     rows = {"model", "method"}
     columns = [name for name, variable in comparison.data_vars.items() if set(variable.dims) <= rows]
     return comparison[columns].to_dataframe()
@@ -140,10 +139,8 @@ def _candidates(
     return found
 
 
-def _by_default(
-    found: list[Candidate], recording: Recording | None, seed: int
-) -> tuple[list[xr.Dataset], list[str]]:
-    """LOO; where weights fail for any candidate, K-fold for all, since the two leave different numbers of trials out."""
+def _by_default(found: list[Candidate], recording: Recording | None, seed: int) -> tuple[list[xr.Dataset], list[str]]:
+    """LOO; K-fold for all where weights fail for one, since the two leave different numbers of trials out."""
     if all(candidate.recording.num_trials == 1 for candidate in found):
         table, complaints = _scored(found, LeaveFutureOut(), recording, seed)
         return [table], complaints
@@ -260,8 +257,8 @@ def _complaints(found: list[Candidate], scores: list[Score]) -> tuple[list[str],
     elif len({score.likelihood for score in scores}) > 1 and LAPLACE in {score.likelihood for score in scores}:
         kinds = ", ".join(f"{c.name!r} {s.likelihood}" for c, s in zip(found, scores, strict=True))
         complaints.append(
-            f"the likelihoods are not of one kind ({kinds}), and a Laplace evidence of paths is biased upwards, more so "
-            "for more latents; let particles correct it: particles=comparison.Particles()"
+            f"the likelihoods are not of one kind ({kinds}), and a Laplace evidence of paths has an error that grows "
+            "with the latents; let particles correct it: particles=comparison.Particles()"
         )
     return complaints, comparable
 
@@ -282,7 +279,9 @@ def _contradictions(tables: list[xr.Dataset]) -> list[str]:
                 here, there = _clear(table, name, a, b), _clear(other, other_name, a, b)
                 if here * there < 0:
                     better, worse = (a, b) if here > 0 else (b, a)
-                    said.append(f"{label} prefers {better!r} to {worse!r} beyond {CLEAR:g} SE, {other_label} the reverse")
+                    said.append(
+                        f"{label} prefers {better!r} to {worse!r} beyond {CLEAR:g} SE, {other_label} the reverse"
+                    )
     return said
 
 
@@ -309,9 +308,11 @@ def _joined(tables: list[xr.Dataset]) -> xr.Dataset:
     """Tables of several methods along a dim ``method``, models in the order of the first; pointwise values apart."""
     names = [_short(table) for table in tables]
     names = [f"{name} {names[:i].count(name) + 1}" if name in names[:i] else name for i, name in enumerate(names)]
-    order, parts = tables[0]["model"].values, []
+    order = tables[0]["model"].values
+    parts: list[xr.Dataset] = []
     for table, name in zip(tables, names, strict=True):
         table = table.sel(model=order)
         apart = [str(v) for v in table.data_vars if set(table[v].dims) - {"model"}]
         parts.append(table.drop_vars(apart).drop_dims(set(table.dims) - {"model"}).expand_dims(method=[name]))
-    return xr.concat(parts, "method", join="outer", data_vars="all", combine_attrs="drop")
+    joined: Any = xr.concat(parts, "method", join="outer", data_vars="all", combine_attrs="drop")
+    return joined

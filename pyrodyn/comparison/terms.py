@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import arviz_stats
 import numpy as np
 import torch
 import xarray as xr
+from scipy.special import logsumexp
 from torch import Tensor
 
+from pyrodyn.diagnostics import effective_share
 from pyrodyn.errors import ComparisonError
 from pyrodyn.inference import collapse
 from pyrodyn.inference.engine import Engine, double_precision, random_stream
@@ -23,6 +24,7 @@ from pyrodyn.recording import Recording
 
 Globals = Callable[[np.ndarray], Any]  # positions of draws -> parameters of a model, each (draw, 1, *event)
 
+LARGEST = 300.0  # log of a ratio whose square is still a number
 LEAST_DRAWS = 25  # from which the tail of the weights can be fitted
 PARTICLE_STREAM = 1_000_033  # a random stream that nothing else uses
 EXACT, LAPLACE, PARTICLES = "exact", "Laplace", "Laplace + particles"
@@ -90,7 +92,7 @@ class Score:
     k_hat : ndarray, (term,), optional
         Of the importance weights behind every term; NaN where a term has none.
     error : float
-        Monte Carlo standard error of the sum; beside it stands the spread over terms.
+        Monte Carlo standard error of the sum, of draws and particles; beside it stands the spread over terms.
     p_eff : float
         Effective number of parameters; NaN where the estimator has none.
     uncorrected : ndarray, (term,), optional
@@ -169,9 +171,9 @@ def terms_of(candidate: Candidate) -> Terms:
     stored: Any = posterior["log_likelihood"]["observations"]
     if set(stored.dims) != {"chain", "draw", "trial"}:
         raise ComparisonError(
-            f"{name!r}: the log likelihood has dims {stored.dims}, expected (chain, draw, trial); bins and units of one "
-            "trial share its path, so given the globals they are not independent and cannot be left out one by one: "
-            "sum over them, with the path integrated out, or use method=comparison.LeaveFutureOut()"
+            f"{name!r}: the log likelihood has dims {stored.dims}, expected (chain, draw, trial); bins and units of "
+            "one trial share its path, so given the globals they are not independent and cannot be left out one by "
+            "one: sum over them, with the path integrated out, or use method=comparison.LeaveFutureOut()"
         )
     stored = stored.transpose("chain", "draw", "trial")
     values = stored.values.reshape(-1, stored.sizes["trial"])
@@ -180,18 +182,14 @@ def terms_of(candidate: Candidate) -> Terms:
             f"{name!r}: the posterior has {len(values)} draws with a log likelihood, expected {LEAST_DRAWS} or more to "
             "judge importance weights by; fit with more draws"
         )
-    sizes, stats = posterior["posterior"].sizes, posterior["sample_stats"].to_dataset()
-    kept = np.searchsorted(posterior["posterior"]["draw"].values, stored["draw"].values)
+    fitted, stats = posterior["posterior"].to_dataset(), posterior["sample_stats"].to_dataset()
+    kept = np.searchsorted(fitted["draw"].values, stored["draw"].values)
+    sizes = fitted.sizes
     positions = (np.arange(sizes["chain"])[:, None] * sizes["draw"] + kept).ravel()
     ratio, weighted = np.zeros(len(values)), "log_q" in stats and "lp" in stats
     if weighted:
         ratio = (stats["lp"] - stats["log_q"]).values.ravel()[positions]
-    efficiency = 1.0
-    if "log_q" not in stats and stored.sizes["draw"] >= 4:
-        with np.errstate(all="ignore"):
-            effective = arviz_stats.ess(stored.rename("log_likelihood").to_dataset(), method="mean")
-        found = float(np.nanmean(effective["log_likelihood"].values)) / len(values)
-        efficiency = min(1.0, found) if math.isfinite(found) else 1.0
+    efficiency = 1.0 if "log_q" in stats else effective_share(stored.values)
     return Terms(
         values,
         ratio - ratio.max(),
@@ -244,6 +242,20 @@ def full_weights(terms: Terms) -> np.ndarray:
     if terms.weighted:
         return smoothed(terms.log_ratio[:, None])[0]
     return np.full((len(terms.log_ratio), 1), -math.log(len(terms.log_ratio)))
+
+
+def weighted_mean(
+    log_weights: np.ndarray, log_values: np.ndarray, efficiency: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log of the weighted mean of exp(log_values) over samples, and its Monte Carlo variance, (term,).
+
+    Both are (sample, term), or broadcast to it; weights are normalised. Reference: Vehtari, Simpson, Gelman, Yao &
+    Gabry, JMLR 25(72) (2024), on the variance.
+    """
+    scores = log_weights + log_values
+    total = logsumexp(scores, axis=0)
+    apart = np.exp(np.minimum(log_values - total, LARGEST)) - 1.0
+    return total, (np.exp(2.0 * log_weights) * apart**2).sum(0) / efficiency
 
 
 def largest_good_k(samples: int) -> float:

@@ -36,7 +36,17 @@ def _as_elpd(differences: np.ndarray) -> ELPDData:
     terms = xr.DataArray(differences, dims="term")
     spread = float(np.sqrt(len(differences) * differences.var()))
     return ELPDData(
-        "loo", float(differences.sum()), spread, 0.0, 1, len(differences), "log", False, 0.7, terms, xr.zeros_like(terms)
+        "loo",
+        float(differences.sum()),
+        spread,
+        0.0,
+        1,
+        len(differences),
+        "log",
+        False,
+        0.7,
+        terms,
+        xr.zeros_like(terms),
     )
 
 

@@ -16,8 +16,6 @@ from pyrodyn.inference.mode import ascend, covariance_root, negative_hessian
 from pyrodyn.program import Program
 from pyrodyn.recording import Recording
 
-FLOOR = 1e-4  # least curvature kept; flatter directions are wider than the priors of the zoo allow
-
 
 @dataclass(frozen=True)
 class Laplace:
@@ -33,6 +31,11 @@ class Laplace:
         Independent draws from the approximation.
     max_steps : int
         Steps of L-BFGS allowed on the way to the mode.
+    tolerance : float
+        Gain of a step, as a share of the log density, below which the climb has ended.
+    least_curvature : float
+        Given to directions that have less at the mode: their sd is its inverse root, 100 by default. One is about as
+        wide as priors are.
 
     Notes
     -----
@@ -45,6 +48,8 @@ class Laplace:
 
     draws: int = 1000
     max_steps: int = 1000
+    tolerance: float = 1e-13
+    least_curvature: float = 1e-4
 
     def run(self, program: Program, recording: Recording, *, seed: int, checkpoint: StateStore | None = None) -> Draws:
         with random_stream(seed), double_precision():
@@ -53,7 +58,9 @@ class Laplace:
             treated, treatment = treat_path(program, recording, True, values)
             density = LogDensity(treated, recording)
             if "mode" not in state:
-                mode, converged = ascend(density, vector_of(values, density), self.max_steps, "Laplace: mode")
+                mode, converged = ascend(
+                    density, vector_of(values, density), self.max_steps, "Laplace: mode", self.tolerance
+                )
                 state = {"mode": mode.numpy(), "converged": np.array(bool(converged))}
                 if checkpoint:
                     checkpoint.write(state)
@@ -73,17 +80,18 @@ class Laplace:
 
     def refit(self, density: LogDensity, start: Tensor) -> tuple[Tensor, Tensor]:
         """`replicate`, and log q (replicate, draw) of the draws in unconstrained coordinates."""
-        mode, _ = ascend(density, start.unsqueeze(1), self.max_steps, "Laplace: mode")
-        root, _ = covariance_root(negative_hessian(density, mode, "Laplace: curvature"), FLOOR)
+        mode, _ = ascend(density, start.unsqueeze(1), self.max_steps, "Laplace: mode", self.tolerance)
+        root, _ = covariance_root(negative_hessian(density, mode, "Laplace: curvature"), self.least_curvature)
         noise = torch.randn(len(start), self.draws, start.shape[-1])
         return mode + noise @ root.mT, -0.5 * noise.square().sum(-1) - _log_volume(root).unsqueeze(-1)
 
     def _draw(self, density: LogDensity, mode: Tensor, hessian: Tensor, converged: bool, treatment: str) -> Draws:
         warnings = [] if converged else [f"Laplace: the mode was not reached in max_steps={self.max_steps} steps"]
-        root, flat = covariance_root(hessian, FLOOR)
+        root, flat = covariance_root(hessian, self.least_curvature)
         if int(flat):
             warnings.append(
-                f"Laplace: {int(flat)} of {len(mode)} directions have no curvature at the mode; given sd 100"
+                f"Laplace: {int(flat)} of {len(mode)} directions have no curvature at the mode; given sd "
+                f"{self.least_curvature**-0.5:g}"
             )
         log_volume = float(_log_volume(root))
         noise = torch.randn(self.draws, len(mode))
