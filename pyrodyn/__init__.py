@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyrodyn import comparison, guides, inference, models, readers, readouts, systems
     from pyrodyn.calibration import calibrate
-    from pyrodyn.comparison import ComparisonWarning, compare
+    from pyrodyn.comparison import ComparisonWarning, compare, select
     from pyrodyn.coupling import (
         compare_edges,
         coupling_graph,
@@ -55,6 +55,7 @@ __all__ = [
     "readouts",
     "recording_of",
     "save",
+    "select",
     "simulate",
     "systems",
     "to_inferencedata",
@@ -66,7 +67,7 @@ __all__ = [
 _HOMES = {
     "Recording": "recording",
     "calibrate": "calibration",
-    **dict.fromkeys(("ComparisonWarning", "compare"), "comparison"),
+    **dict.fromkeys(("ComparisonWarning", "compare", "select"), "comparison"),
     **dict.fromkeys(("compare_edges", "coupling_graph", "edges_into", "graph_metrics", "intervene"), "coupling"),
     **dict.fromkeys(("node_link_json", "to_networkx", "write_graphml"), "coupling"),
     **dict.fromkeys(("FitWarning", "model_of", "recording_of", "to_inferencedata"), "posterior"),

@@ -260,7 +260,7 @@ def _bands(expected: Tensor, drawn: Tensor) -> Labelled:
 
 def same_units(posterior: xr.DataTree, recording: Recording) -> None:
     """Refuse a recording whose units are not those of the posterior, in their order."""
-    fitted: Any = posterior["posterior"].coords["unit"].values
+    fitted: Any = posterior["constant_data"].coords["unit"].values
     if len(fitted) != recording.num_units or not np.array_equal(fitted.astype(str), recording.unit.astype(str)):
         missing = sorted(set(fitted.astype(str).tolist()) - set(recording.unit.astype(str).tolist()))[:5]
         raise RecordingError(

@@ -103,7 +103,7 @@ def to_datatree(
     tree.attrs = {
         "pyrodyn_version": version("pyrodyn"),
         "model": json.dumps(specification(base)),
-        "engine": json.dumps(specification(engine), default=_name_of),
+        "engine": json.dumps(specification(engine), default=name_of),
         "seed": int(seed),
         "path_treatment": draws.treatment,
         "log_likelihood_estimator": estimator,
@@ -130,21 +130,29 @@ def recording_of(posterior: xr.DataTree) -> Recording:
 
 def model_of(posterior: xr.DataTree) -> LatentModel:
     """The model a posterior was fitted with, rebuilt from its specification; only classes of the zoo are known."""
-    kinds = {name: getattr(models, name) for name in models.__all__}
-    kinds |= {name: getattr(readouts, name) for name in readouts.__all__}
-    return _build(json.loads(posterior.attrs["model"]), kinds)
+    return build_model(json.loads(posterior.attrs["model"]))
 
 
 def engine_of(posterior: xr.DataTree) -> Engine:
     """The engine a posterior was fitted with, rebuilt from its specification; only the library's own are known."""
+    return build_engine(json.loads(posterior.attrs["engine"]))
+
+
+def build_model(spec: Any) -> LatentModel:
+    """The model of a `specification`."""
+    kinds = {name: getattr(models, name) for name in models.__all__}
+    kinds |= {name: getattr(readouts, name) for name in readouts.__all__}
+    return _build(spec, kinds)
+
+
+def build_engine(spec: Any) -> Engine:
+    """The engine of a `specification`."""
     kinds = {name: getattr(inference, name) for name in inference.__all__}
     kinds |= {name: item for name, item in vars(guides).items() if dataclasses.is_dataclass(item)}
-    spec = json.loads(posterior.attrs["engine"])
-    known = spec.get("class") in kinds and not isinstance(spec.get("guide"), str)
-    if not known:
+    if spec.get("class") not in kinds or isinstance(spec.get("guide"), str):
         raise ModelError(
-            f"this posterior was fitted with {spec.get('class')!r} (guide {spec.get('guide')!r}), which is not one of "
-            "pyrodyn's engines and guides; say what to refit with, such as refit=inference.HMC()"
+            f"the engine {spec.get('class')!r} (guide {spec.get('guide')!r}) is not one of pyrodyn's with one of its "
+            "guides; say what to refit with, such as refit=inference.HMC()"
         )
     return _build(spec, kinds)
 
@@ -341,7 +349,7 @@ def _build(spec: Any, kinds: Mapping[str, Any]) -> Any:
     return spec
 
 
-def _name_of(something: Any) -> str:
+def name_of(something: Any) -> str:
     """Callables among an engine's options are named, never stored."""
     return f"{getattr(something, '__module__', '?')}.{getattr(something, '__qualname__', type(something).__name__)}"
 

@@ -3,13 +3,15 @@
 from pyrodyn.comparison.evidence import Evidence
 from pyrodyn.comparison.folds import KFold
 from pyrodyn.comparison.future import LeaveFutureOut
+from pyrodyn.comparison.grid import select
 from pyrodyn.comparison.heldout import HeldOutEntries, HeldOutUnits
 from pyrodyn.comparison.loo import LOO
 from pyrodyn.comparison.table import ComparisonWarning, as_table, compare
-from pyrodyn.comparison.terms import Particles
+from pyrodyn.comparison.terms import Candidate, Particles, Score
 
 __all__ = [
     "LOO",
+    "Candidate",
     "ComparisonWarning",
     "Evidence",
     "HeldOutEntries",
@@ -17,6 +19,8 @@ __all__ = [
     "KFold",
     "LeaveFutureOut",
     "Particles",
+    "Score",
     "as_table",
     "compare",
+    "select",
 ]

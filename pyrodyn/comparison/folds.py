@@ -84,6 +84,10 @@ class KFold:
     particles: Particles | None = field(default_factory=Particles)
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.folds < 2:
+            raise ComparisonError(f"folds must be 2 or more, got {self.folds}")
+
     def score(self, candidate: Candidate, recording: Recording | None, seed: int) -> Score:
         """Sum of log p(trial | trials of all other folds)."""
         check_data(candidate, recording)
@@ -157,8 +161,6 @@ class Refitted(NamedTuple):
 
 def _fold_of(recording: Recording, folds: int, seed: int) -> np.ndarray:
     """The number of every trial's fold."""
-    if folds < 2:
-        raise ComparisonError(f"folds must be 2 or more, got {folds}")
     folds = min(folds, recording.num_trials)
     split = recording.split_trials({f"{k}": 1.0 / folds for k in range(folds)}, seed=seed).split
     return np.unique(split.astype(int), return_inverse=True)[1]

@@ -73,7 +73,7 @@ def compare(
         standard error ``dse``, ``mc_error`` of the correction of Laplace evidences by particles, ``p_eff``,
         ``bad_k_share`` (share of terms with k-hat too large), ``weight_stacking``, ``weight_pseudo_bma``, ``seconds``
         of fit and score, the names ``estimator`` and ``likelihood``; and ``pointwise`` with ``k_hat`` for every term.
-        With several methods, all along a dim ``method``. `as_table` gives the columns as a DataFrame.
+        With several methods, all along a dim ``criterion``. `as_table` gives the columns as a DataFrame.
 
     Raises
     ------
@@ -107,8 +107,8 @@ def compare(
 
 
 def as_table(comparison: xr.Dataset) -> Any:
-    """The columns of a comparison as a pandas.DataFrame, one row a model (and method), without what is pointwise."""
-    rows = {"model", "method"}
+    """The columns of a comparison as a pandas.DataFrame, one row a model (and criterion), without what is pointwise."""
+    rows = {"model", "criterion"}
     columns = [name for name, variable in comparison.data_vars.items() if set(variable.dims) <= rows]
     return comparison[columns].to_dataframe()
 
@@ -305,7 +305,7 @@ def _short(table: xr.Dataset) -> str:
 
 
 def _joined(tables: list[xr.Dataset]) -> xr.Dataset:
-    """Tables of several methods along a dim ``method``, models in the order of the first; pointwise values apart."""
+    """Tables of several methods along a dim ``criterion``, models in the order of the first; pointwise values apart."""
     names = [_short(table) for table in tables]
     names = [f"{name} {names[:i].count(name) + 1}" if name in names[:i] else name for i, name in enumerate(names)]
     order = tables[0]["model"].values
@@ -313,6 +313,6 @@ def _joined(tables: list[xr.Dataset]) -> xr.Dataset:
     for table, name in zip(tables, names, strict=True):
         table = table.sel(model=order)
         apart = [str(v) for v in table.data_vars if set(table[v].dims) - {"model"}]
-        parts.append(table.drop_vars(apart).drop_dims(set(table.dims) - {"model"}).expand_dims(method=[name]))
-    joined: Any = xr.concat(parts, "method", join="outer", data_vars="all", combine_attrs="drop")
-    return joined
+        parts.append(table.drop_vars(apart).drop_dims(set(table.dims) - {"model"}).expand_dims(criterion=[name]))
+    joined: Any = xr.concat(parts, "criterion", join="outer", data_vars="all", combine_attrs="drop")
+    return joined.assign_coords(criterion=np.array(names))
