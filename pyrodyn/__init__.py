@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyrodyn import comparison, guides, inference, models, readers, readouts, systems
     from pyrodyn.calibration import calibrate
+    from pyrodyn.checks import check, posterior_predictive, prior_predictive
     from pyrodyn.comparison import ComparisonWarning, compare, select
     from pyrodyn.coupling import (
         compare_edges,
         coupling_graph,
         edges_into,
         graph_metrics,
+        hypotheses,
         intervene,
         node_link_json,
         to_networkx,
@@ -36,6 +38,7 @@ __all__ = [
     "FitWarning",
     "Recording",
     "calibrate",
+    "check",
     "compare",
     "compare_edges",
     "comparison",
@@ -44,13 +47,16 @@ __all__ = [
     "fit",
     "graph_metrics",
     "guides",
+    "hypotheses",
     "inference",
     "intervene",
     "load",
     "model_of",
     "models",
     "node_link_json",
+    "posterior_predictive",
     "predict",
+    "prior_predictive",
     "readers",
     "readouts",
     "recording_of",
@@ -67,9 +73,10 @@ __all__ = [
 _HOMES = {
     "Recording": "recording",
     "calibrate": "calibration",
+    **dict.fromkeys(("check", "posterior_predictive", "prior_predictive"), "checks"),
     **dict.fromkeys(("ComparisonWarning", "compare", "select"), "comparison"),
-    **dict.fromkeys(("compare_edges", "coupling_graph", "edges_into", "graph_metrics", "intervene"), "coupling"),
-    **dict.fromkeys(("node_link_json", "to_networkx", "write_graphml"), "coupling"),
+    **dict.fromkeys(("compare_edges", "coupling_graph", "edges_into", "graph_metrics", "hypotheses"), "coupling"),
+    **dict.fromkeys(("intervene", "node_link_json", "to_networkx", "write_graphml"), "coupling"),
     **dict.fromkeys(("FitWarning", "model_of", "recording_of", "to_inferencedata"), "posterior"),
     **dict.fromkeys(("fit", "predict", "simulate"), "fitting"),
     **dict.fromkeys(("load", "save"), "storage"),

@@ -2,6 +2,7 @@
 
 from pyrodyn.coupling.exchange import node_link_json, to_networkx, write_graphml
 from pyrodyn.coupling.graph import coupling_graph
+from pyrodyn.coupling.hypotheses import hypotheses
 from pyrodyn.coupling.intervention import intervene
 from pyrodyn.coupling.presence import savage_dickey
 from pyrodyn.coupling.questions import compare_edges, edges_into, graph_metrics
@@ -15,6 +16,7 @@ __all__ = [
     "edge_table",
     "edges_into",
     "graph_metrics",
+    "hypotheses",
     "intervene",
     "node_link_json",
     "savage_dickey",

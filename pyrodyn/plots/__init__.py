@@ -1,4 +1,4 @@
-"""Pictures of a posterior: latents beside the data, eigenvalues, traces, rates, the graph of regions, interventions.
+"""Pictures of a posterior: latents beside the data, eigenvalues, traces, predicted rates, the graph of regions, checks.
 
 Every function returns a `matplotlib.figure.Figure` that belongs to the caller alone: pyplot is never touched, so
 nothing needs closing and no screen is needed. Write one with ``figure.savefig("latents.png")``.
@@ -12,9 +12,12 @@ from pyrodyn.plots.graphs import (
     plot_intervention,
     plot_strengths,
 )
+from pyrodyn.plots.judgement import checks, comparison
 
 __all__ = [
     "calibration",
+    "checks",
+    "comparison",
     "eigenvalues",
     "latents",
     "plot_block_dynamics",
