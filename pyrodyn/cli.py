@@ -1,4 +1,4 @@
-"""The command line: `pyrodyn models`, `fit`, `predict`, `graph`, `demo`.
+"""The command line: `pyrodyn models`, `fit`, `predict`, `compare`, `check`, `graph`, `demo`.
 
 Whatever fails ends in one line on stderr and a non-zero exit code: 2 for a command that was typed wrongly, 1 for all
 else. `pyrodyn --debug ...` shows the traceback instead. What takes long to import is imported inside the commands.
@@ -41,6 +41,14 @@ class EngineName(StrEnum):
     LAPLACE = "laplace"
     HMC = "hmc"
     NUTS = "nuts"
+
+
+class MethodName(StrEnum):
+    LOO = "loo"
+    KFOLD = "kfold"
+    FUTURE = "future"
+    UNITS = "units"
+    EVIDENCE = "evidence"
 
 
 class OneLineErrors(TyperGroup):
@@ -173,6 +181,65 @@ def predict(
     dyn.save(xr.DataTree(found), output)
     sizes = ", ".join(f"{found.sizes[dim]} {dim}s" for dim in ("trial", "time", "unit"))
     typer.echo(f"{output}: {', '.join(map(str, found.data_vars))} of {sizes}".replace("times", "bins"))
+
+
+@app.command()
+def compare(
+    fits: Annotated[list[Path], typer.Argument(metavar="FIT...", help="Posteriors of one recording.")],
+    method: Annotated[
+        MethodName | None, typer.Option(help="loo over trials, by default, with kfold where its weights fail.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The comparison, a netCDF file.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="A picture of the differences.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Which model predicts best what it has not seen: one table, best first."""
+    import xarray as xr
+
+    import pyrodyn as dyn
+    from pyrodyn import comparison, plots
+
+    for path in (output, figure):
+        _check_folder(path)
+    names = [path.stem for path in fits]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in fits]
+    chosen = {
+        MethodName.LOO: comparison.LOO,
+        MethodName.KFOLD: comparison.KFold,
+        MethodName.FUTURE: comparison.LeaveFutureOut,
+        MethodName.UNITS: comparison.HeldOutUnits,
+        MethodName.EVIDENCE: comparison.Evidence,
+    }
+    posteriors = {name: dyn.load(path) for name, path in zip(names, fits, strict=True)}
+    found = dyn.compare(posteriors, method=None if method is None else chosen[method](), seed=seed)
+    typer.echo(comparison.as_table(found).to_string(float_format="{:.4g}".format))
+    if output is not None:
+        dyn.save(xr.DataTree(found), output)
+        typer.echo(str(output))
+    if figure is not None:
+        plots.comparison(found).savefig(figure)
+        typer.echo(str(figure))
+
+
+@app.command()
+def check(
+    fitted: Annotated[Path, typer.Argument(metavar="FIT", help="A posterior written by `pyrodyn fit`.")],
+    draws: Annotated[int, typer.Option(min=2, help="Replicated recordings.")] = 200,
+    figure: Annotated[Path | None, typer.Option(help="A picture of data and replicates.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Whether a model makes recordings like the one it was fitted to."""
+    import pyrodyn as dyn
+    from pyrodyn import plots
+
+    _check_folder(figure)
+    found = dyn.check(dyn.load(fitted), draws=draws, seed=seed)
+    typer.echo("share of p-values outside .01 to .99, of which a model that is right has 2%")
+    typer.echo(found["extreme"].to_dataframe().to_string(float_format="{:.3f}".format))
+    if figure is not None:
+        plots.checks(found).savefig(figure)
+        typer.echo(str(figure))
 
 
 @app.command()

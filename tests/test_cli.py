@@ -68,6 +68,24 @@ def test_a_graph_of_regions(folder: Path) -> None:
     assert "MultiRegionLDS" in one_line(run("graph", plain))
 
 
+def test_fits_are_compared_and_checked(folder: Path) -> None:
+    for dim in (1, 2):
+        fit = ["--engine", "laplace", "--draws", "60", "--latent-dim", dim, "--output", folder / f"{dim}.nc"]
+        assert run("fit", folder / "counts.npz", "--bin-width", "0.1", *fit).exit_code == 0
+    files = [folder / "1.nc", folder / "2.nc"]
+    done = run("compare", *files, "--method", "kfold", "--output", folder / "c.nc", "--figure", folder / "c.png")
+    assert done.exit_code == 0, done.stderr
+    found = dyn.load(folder / "c.nc").to_dataset()
+    expected = dyn.compare({path.stem: dyn.load(path) for path in files}, method=dyn.comparison.KFold())
+    assert found.drop_vars("seconds").equals(expected.drop_vars("seconds"))
+    assert "elpd" in done.stdout and str(found["model"].values[0]) in done.stdout.splitlines()[2]
+    assert (folder / "c.png").stat().st_size > 1000
+    assert "other.nc" in one_line(run("compare", folder / "other.nc"))
+    done = run("check", folder / "1.nc", "--draws", 5, "--figure", folder / "k.png")
+    assert done.exit_code == 0, done.stderr
+    assert "autocorrelation" in done.stdout and (folder / "k.png").stat().st_size > 1000
+
+
 def test_models_lists_the_zoo() -> None:
     result = run("models")
     assert result.exit_code == 0
