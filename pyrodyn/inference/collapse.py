@@ -109,11 +109,14 @@ class Collapsed:
         return path_given(prior, readout, recording.observations)
 
     def evidence(self, parameters: Any, recording: Recording) -> Tensor:
-        """log p(observations | parameters) of every trial, (*draw, trial), by the `treatment` of the path."""
-        return path_evidence(*self.factors(parameters, recording), recording.values)
+        """log p(observations | parameters) of every trial, (*draw, trial), by the `treatment` of the latents."""
+        law: Any = self.marginal(parameters, recording)
+        return law.log_prob(recording.values)
 
     def evidence_error(self, parameters: Any, recording: Recording, particles: int) -> Tensor:
         """What to add to `evidence`, (*draw, trial), by particles from torch's random state; zero where it is exact."""
+        if "exactly" in self.treatment:
+            return torch.zeros_like(self.evidence(parameters, recording))
         prior, readout = self.factors(parameters, recording)
         corrected, approximate = particle_evidence(prior, readout, recording.values, particles=particles)
         return corrected - approximate
