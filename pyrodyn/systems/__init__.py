@@ -3,7 +3,28 @@
 from __future__ import annotations
 
 from pyrodyn.systems.controls import shuffle_trials
+from pyrodyn.systems.fields import Field, field, field_of
+from pyrodyn.systems.flows import arneodo, lorenz, rossler
+from pyrodyn.systems.networks import chaotic_rnn, pulsed_rnn
 from pyrodyn.systems.regions import coupled_regions, feedback_loop, uncoupled_regions
+from pyrodyn.systems.stochastic import duffing, linear_spiral, van_der_pol
 from pyrodyn.systems.system import System
 
-__all__ = ["System", "coupled_regions", "feedback_loop", "shuffle_trials", "uncoupled_regions"]
+__all__ = [
+    "Field",
+    "System",
+    "arneodo",
+    "chaotic_rnn",
+    "coupled_regions",
+    "duffing",
+    "feedback_loop",
+    "field",
+    "field_of",
+    "linear_spiral",
+    "lorenz",
+    "pulsed_rnn",
+    "rossler",
+    "shuffle_trials",
+    "uncoupled_regions",
+    "van_der_pol",
+]
