@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyrodyn import comparison, guides, inference, models, readers, readouts, systems
+    from pyrodyn import comparison, evaluation, guides, inference, models, readers, readouts, systems
     from pyrodyn.calibration import calibrate
     from pyrodyn.checks import check, posterior_predictive, prior_predictive
     from pyrodyn.comparison import ComparisonWarning, compare, select
@@ -44,6 +44,7 @@ __all__ = [
     "comparison",
     "coupling_graph",
     "edges_into",
+    "evaluation",
     "fit",
     "graph_metrics",
     "guides",

@@ -38,6 +38,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "sessions",
         "fitting",
         "scoring statistics coupling decoding geometry",
+        "evaluation",
         "comparison checks calibration",
         "plots",
         "report",
