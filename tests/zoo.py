@@ -60,8 +60,12 @@ def blank(
     lengths: list[int] | None = None,
     missing: float = 0.0,
     inputs: int = 0,
+    irregular: bool = False,
 ) -> Recording:
-    """A blank recording: ragged by ``lengths``, with a share ``missing`` of the entries unobserved, with ``inputs``."""
+    """A blank recording: ragged by ``lengths``, with a share ``missing`` of the entries unobserved, with ``inputs``.
+
+    With ``irregular``, times are up to six bins apart.
+    """
     rng = np.random.default_rng(trials + 10 * bins + 100 * units)
     mask = None
     if missing:
@@ -72,7 +76,8 @@ def blank(
     scale = np.ones(units) if counts else np.linspace(0.5, 8.0, units)
     return Recording.from_arrays(
         np.zeros((trials, bins, units)),
-        bin_width=0.05,
+        bin_width=None if irregular else 0.05,
+        time=0.05 * np.cumsum(rng.integers(1, 7, bins)) if irregular else None,
         counts=counts,
         center=center,
         scale=scale,
@@ -172,6 +177,27 @@ MODELS += (
         PERMUTATION,
     ),
     Row("HMM-Bernoulli", models.HMM(2, readouts.Bernoulli(), stickiness=0.0), lambda: blank(), PERMUTATION),
+)
+
+MODELS += (
+    Row(
+        "LinearSDE-Gaussian-irregular-inputs",
+        models.LinearSDE(2, readouts.Gaussian()),
+        lambda: blank(counts=False, irregular=True, inputs=1),
+        ROTATION,
+    ),
+    Row(
+        "LinearSDE-Poisson-ragged-missing",
+        models.LinearSDE(2, readouts.Poisson()),
+        lambda: blank(lengths=[9, 4, 1], missing=0.2),
+        ROTATION,
+    ),
+    Row(
+        "LinearSDE-Gaussian-one-latent",
+        models.LinearSDE(1, readouts.Gaussian(), time_constant=0.2),
+        lambda: blank(counts=False, irregular=True, missing=0.2),
+        ROTATION,
+    ),
 )
 
 READOUTS: tuple[readouts.Readout, ...] = (

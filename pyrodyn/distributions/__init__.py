@@ -6,6 +6,7 @@ from pyrodyn.distributions.loading import GaugedLoading
 from pyrodyn.distributions.network import NetworkLayout, NetworkPrior, network_layout
 from pyrodyn.distributions.pool import Pool, PoolPrior
 from pyrodyn.distributions.transition import Transition
+from pyrodyn.distributions.varying import varying_chain
 
 __all__ = [
     "GaugedLoading",
@@ -17,4 +18,5 @@ __all__ = [
     "PoolPrior",
     "Transition",
     "network_layout",
+    "varying_chain",
 ]

@@ -88,7 +88,7 @@ class LDS(StateSpaceModel):
         if not recording.regular:
             raise ModelError(
                 "LDS steps from bin to bin and needs equally spaced bins, but the recording's time axis is irregular; "
-                "rebin it, or put the gaps into the mask"
+                "use LinearSDE, rebin it, or put the gaps into the mask"
             )
         self.readout.check(recording)
 
