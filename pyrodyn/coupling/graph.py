@@ -86,7 +86,7 @@ def coupling_graph(
     --------
     pyrodyn.coupling.measures, pyrodyn.coupling.spectra, pyrodyn.coupling.presence : the equations and their sources.
     """
-    if SESSIONS in posterior.children:
+    if isinstance(posterior, xr.DataTree) and SESSIONS in posterior.children:
         return _of_sessions(
             posterior,
             lags=lags,
