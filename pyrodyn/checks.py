@@ -19,15 +19,15 @@ from pyro import poutine
 
 from pyrodyn import statistics
 from pyrodyn.errors import ModelError, RecordingError
-from pyrodyn.inference import collapse
 from pyrodyn.inference.engine import double_precision, random_stream
-from pyrodyn.posterior import BATCH_NUMBERS, model_of, parameters_at, recording_of, thinned
-from pyrodyn.program import LatentModel, StateSpaceModel, globals_given, is_random
+from pyrodyn.posterior import BATCH_NUMBERS, draw_local, model_of, parameters_at, recording_of, thinned
+from pyrodyn.program import IntegratedModel, LatentModel, StateSpaceModel, globals_given, is_random, trial_plate
 from pyrodyn.recording import Recording
 
 EXTREME = 0.01  # p-values below it, or above one minus it, are counted
 REPLICATE_STREAM = 1_000_051  # a random stream that nothing else uses
 
+Replicable = StateSpaceModel | IntegratedModel
 Parameters = Callable[[np.ndarray], Any]  # positions of draws -> parameters
 
 
@@ -72,7 +72,7 @@ def prior_predictive(model: LatentModel, like: Recording, *, draws: int = 50, se
 
     ``like`` gives shape, labels, inputs, mask, and the channels' units.
     """
-    model = _state_space(model)
+    model = _replicable(model)
     parameters = _prior_parameters(model, like, draws, seed)
     return _labelled(np.concatenate(list(_replicates(model, parameters, np.arange(draws), like, True, seed))), like)
 
@@ -126,7 +126,7 @@ def check(
     if isinstance(posterior, LatentModel):
         if recording is None:
             raise ModelError("check of a model's prior needs a recording: check(model, recording)")
-        model = _state_space(posterior)
+        model = _replicable(posterior)
         parameters, chosen = _prior_parameters(model, recording, draws, seed), np.arange(draws)
     else:
         model, recording = _of_posterior(posterior, recording, model)
@@ -145,24 +145,24 @@ def check(
 
 def _of_posterior(
     posterior: xr.DataTree, recording: Recording | None, model: LatentModel | None
-) -> tuple[StateSpaceModel, Recording]:
-    found = _state_space(model_of(posterior) if model is None else model)
+) -> tuple[Replicable, Recording]:
+    found = _replicable(model_of(posterior) if model is None else model)
     return found, recording_of(posterior) if recording is None else recording
 
 
-def _state_space(model: LatentModel) -> StateSpaceModel:
-    if not isinstance(model, StateSpaceModel):
-        raise ModelError(f"replicated data need a StateSpaceModel, got {type(model).__name__}")
+def _replicable(model: LatentModel) -> Replicable:
+    if not isinstance(model, (StateSpaceModel, IntegratedModel)):
+        raise ModelError(f"replicated data need a StateSpaceModel or an IntegratedModel, got {type(model).__name__}")
     return model
 
 
-def _posterior_parameters(posterior: xr.DataTree, model: StateSpaceModel, draws: int) -> tuple[Parameters, np.ndarray]:
+def _posterior_parameters(posterior: xr.DataTree, model: Replicable, draws: int) -> tuple[Parameters, np.ndarray]:
     sizes = posterior["posterior"].sizes
     chosen = thinned(sizes["chain"] * sizes["draw"], draws)
     return lambda some: parameters_at(posterior, model, some), chosen
 
 
-def _prior_parameters(model: StateSpaceModel, like: Recording, draws: int, seed: int) -> Parameters:
+def _prior_parameters(model: Replicable, like: Recording, draws: int, seed: int) -> Parameters:
     with random_stream(seed), double_precision(), torch.no_grad(), pyro.plate("draw", draws, dim=-2):
         trace = poutine.trace(model.sample_globals).get_trace(like)
     sites: dict[str, Any] = {name: site["value"] for name, site in trace.nodes.items() if is_random(site)}
@@ -175,7 +175,7 @@ def _prior_parameters(model: StateSpaceModel, like: Recording, draws: int, seed:
 
 
 def _replicates(
-    model: StateSpaceModel,
+    model: Replicable,
     parameters: Parameters,
     chosen: np.ndarray,
     recording: Recording,
@@ -189,10 +189,20 @@ def _replicates(
         for start in range(0, len(chosen), size):
             some = chosen[start : start + size]
             given = parameters(some)
-            law = model.latent_path(given, recording) if new_paths else collapse(model).path_posterior(given, recording)
-            path = law.expand(torch.Size((len(some), recording.num_trials))).sample()
-            values = model.readout_law(given, path, recording).sample().numpy()
+            values = _replicated(model, given, len(some), recording, new_paths).numpy()
             yield values if hidden is None else np.where(hidden, np.nan, values)
+
+
+def _replicated(model: Replicable, given: Any, draws: int, recording: Recording, new_paths: bool) -> torch.Tensor:
+    """Observations (draw, trial, time, unit), one replicate for every draw of the parameters."""
+    local = {} if new_paths else draw_local(model, given, recording)
+    if isinstance(model, IntegratedModel):
+        with poutine.block(), poutine.condition(data=local), trial_plate(recording):
+            return model.trials(given, recording.blank())
+    path = local.get("latent")
+    if path is None:
+        path = model.latent_path(given, recording).expand(torch.Size((draws, recording.num_trials))).sample()
+    return model.readout_law(given, path, recording).sample()
 
 
 def _statistics(values: np.ndarray, recording: Recording, window: int, lags: int) -> dict[str, np.ndarray]:

@@ -89,6 +89,16 @@ class LatentModel(ABC):
         del recording
         return 0.0
 
+    def nearest_copy(
+        self, values: Mapping[str, Tensor], reference: Mapping[str, Tensor], recording: Recording
+    ) -> dict[str, Tensor]:
+        """Of the copies that `log_copies` counts, the one nearest to ``reference``; both are values of global sites.
+
+        ``values`` are (*draw, 1, *event). A model whose draws stay near one copy may leave them as they are.
+        """
+        del reference, recording
+        return dict(values)
+
     def coordinates(self, recording: Recording) -> dict[str, Any]:
         """Names along the dims of `label` and `invariants` that the recording does not have: as xarray takes them."""
         del recording

@@ -137,7 +137,8 @@ class Gaussian(Readout):
         return pyro.sample("noise_sd", prior.to_event(1), infer=_PER_UNIT)
 
     def initial_values(self, recording: Recording) -> dict[str, Tensor]:
-        return {"offset": recording.center.clone(), "noise_sd": 0.7 * recording.scale}
+        total, bins = _totals(recording)
+        return {"offset": (total + recording.center) / (bins + 1.0), "noise_sd": 0.7 * recording.scale}
 
     def linearise(self, recording: Recording) -> Tensor:
         return (recording.values - recording.center) / recording.scale

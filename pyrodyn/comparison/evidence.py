@@ -40,8 +40,10 @@ from pyrodyn.errors import ComparisonError
 from pyrodyn.inference import LogDensity, collapse
 from pyrodyn.inference.engine import double_precision, random_stream
 from pyrodyn.posterior import BATCH_NUMBERS, thinned
+from pyrodyn.program import LatentModel
 from pyrodyn.recording import Recording
 
+SAME = 1e-9  # share by which values differ that are the same but for rounding
 BRIDGE_STREAM = 1_000_039  # a random stream that nothing else uses
 
 
@@ -56,8 +58,11 @@ class Evidence:
 
     Notes
     -----
-    Of all modes that a model's symmetry makes equal, draws are taken to lie in one: the log of their number
-    (`LatentModel.log_copies`) is added. An evidence depends on how wide priors are where the data say nothing.
+    Of all posterior modes that a model's symmetry makes equal, one is integrated, and the log of their number
+    (`LatentModel.log_copies`) is added. Draws of MCMC are first moved to that mode, so that chains may have started in,
+    or gone to, any; draws of an approximation that fall outside count for nothing.
+
+    An evidence depends on how wide priors are where the data say nothing.
     """
 
     particles: Particles | None = field(default_factory=lambda: Particles(particles=200, draws=60))
@@ -71,15 +76,16 @@ class Evidence:
                 "method=comparison.KFold(), or fit with inference.HMC()"
             )
         vectors, density = _vectors(candidate)
+        near = _NearOneCopy(candidate, density, vectors)
         stats = candidate.posterior["sample_stats"].to_dataset()
         k_hat, log_weights = math.nan, np.zeros(vectors.shape[:2]).ravel()
         if "log_q" in stats and "lp" in stats:
             ratio = (stats["lp"] - stats["log_q"]).values.ravel()
-            value, error, k_hat, log_weights = _weighted(ratio)
+            value, error, k_hat, log_weights = _weighted(ratio, near.holds(vectors.flatten(0, 1)))
             estimator = "importance sampling"
         else:
             with random_stream(seed, BRIDGE_STREAM):
-                value, error = bridge(lambda some: _in_parts(density, some), vectors)
+                value, error = bridge(near.log_density, near.moved(vectors))
             estimator = "bridge sampling"
         value += candidate.model.log_copies(candidate.recording)
         before, likelihood = None, EXACT
@@ -122,13 +128,49 @@ class Evidence:
         return float(alone.sum() + 0.5 * together), float(variance.sum() + spread**2)
 
 
-def _weighted(ratio: np.ndarray) -> tuple[float, float, float, np.ndarray]:
-    """Log of the mean of exp(ratio), its standard error, k-hat, and the normalised log weights."""
-    weights, shape = smoothed(ratio[:, None])
-    weights = weights[:, 0]
+class _NearOneCopy:
+    """The posterior on the part of the space that is nearer to one of its symmetric copies than to all others."""
+
+    def __init__(self, candidate: Candidate, density: LogDensity, vectors: torch.Tensor) -> None:
+        self.model, self.recording, self.density = candidate.model, candidate.recording, density
+        self.told_apart = type(self.model).nearest_copy is not LatentModel.nearest_copy
+        stats = candidate.posterior["sample_stats"].to_dataset()
+        best = int(np.argmax(stats["lp"].values)) if "lp" in stats else 0
+        self.reference = density.constrain(vectors.flatten(0, 1)[best])
+
+    def moved(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Draws (chain, draw, dimension) of the whole posterior as draws of this part."""
+        if not self.told_apart:
+            return vectors
+        flat = vectors.flatten(0, 1)
+        values = self.model.nearest_copy(self.density.constrain(flat), self.reference, self.recording)
+        return self.density.unconstrain(values).reshape(vectors.shape)
+
+    def holds(self, vectors: torch.Tensor) -> np.ndarray:
+        """Whether vectors (draw, dimension) lie in this part, (draw,)."""
+        found = torch.ones(len(vectors), dtype=torch.bool)
+        if self.told_apart:
+            values = self.density.constrain(vectors)
+            for name, moved in self.model.nearest_copy(values, self.reference, self.recording).items():
+                apart = (moved - values[name]).abs() > SAME * (1.0 + values[name].abs())
+                found &= ~apart.flatten(1).any(-1)
+        return found.numpy()
+
+    def log_density(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Log joint density of vectors (draw, dimension), minus infinity outside of this part."""
+        found = _in_parts(self.density, vectors)
+        return torch.where(torch.from_numpy(self.holds(vectors)), found, -torch.inf)
+
+
+def _weighted(ratio: np.ndarray, holds: np.ndarray) -> tuple[float, float, float, np.ndarray]:
+    """Log of the mean of exp(ratio) where it counts, its standard error, k-hat, and the normalised log weights."""
+    own, inside = ratio[holds], float(holds.mean())
+    smooth, shape = smoothed(own[:, None])
     # Smoothing moves the largest ratios alone: any other one tells what the weights were divided by.
-    least = int(ratio.argmin())
-    value = float(ratio[least] - weights[least]) - math.log(len(ratio))
+    least = int(own.argmin())
+    value = float(own[least] - smooth[least, 0]) - math.log(len(own)) + math.log(inside)
+    weights = np.full(len(ratio), -np.inf)
+    weights[holds] = smooth[:, 0]
     error = math.sqrt(max(0.0, math.exp(logsumexp(2.0 * weights)) - 1.0 / len(ratio)))
     return value, error, float(shape[0]), weights
 

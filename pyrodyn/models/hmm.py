@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from scipy.ndimage import uniform_filter1d
+from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 from torch import Tensor
 
@@ -237,6 +238,28 @@ class HMM(IntegratedModel):
             transition=parameters.transition[..., order, :][..., order],
             predictor=parameters.predictor[..., order, :],
         )
+
+    def log_copies(self, recording: Recording) -> float:
+        """Modes may be numbered in any order."""
+        return math.lgamma(self.num_modes + 1)
+
+    def nearest_copy(
+        self, values: Mapping[str, Tensor], reference: Mapping[str, Tensor], recording: Recording
+    ) -> dict[str, Tensor]:
+        """Modes numbered such that their predictors lie nearest to those of the reference, in least squares."""
+        if self.num_modes == 1:
+            return dict(values)
+        basis = _contrasts(self.num_modes).to(recording.center.device)
+        apart, wanted = basis @ values["contrasts"], basis @ reference["contrasts"]
+        costs = (wanted.unsqueeze(-2) - apart.unsqueeze(-3)).square().sum(-1)  # (*draw, 1, mode, own mode)
+        found = [linear_sum_assignment(cost)[1] for cost in costs.reshape(-1, *costs.shape[-2:]).cpu().numpy()]
+        order = torch.from_numpy(np.stack(found)).to(costs.device).reshape(costs.shape[:-1])
+        rows = torch.take_along_dim(values["transition"], order.unsqueeze(-1), -2)
+        return dict(values) | {
+            "initial": torch.take_along_dim(values["initial"], order, -1),
+            "transition": torch.take_along_dim(rows, order.unsqueeze(-2), -1),
+            "contrasts": basis.mT @ torch.take_along_dim(apart, order.unsqueeze(-1), -2),
+        }
 
 
 def stationary_distribution(transition: Tensor) -> Tensor:
