@@ -4,6 +4,7 @@ from pyrodyn.distributions.gauss_markov import GaussMarkov
 from pyrodyn.distributions.horseshoe import HorseshoeNetwork
 from pyrodyn.distributions.loading import GaugedLoading
 from pyrodyn.distributions.network import NetworkLayout, NetworkPrior, network_layout
+from pyrodyn.distributions.nonlinear_markov import NonlinearMarkov, Recurrence
 from pyrodyn.distributions.pool import Pool, PoolPrior
 from pyrodyn.distributions.transition import Transition
 from pyrodyn.distributions.varying import varying_chain
@@ -14,8 +15,10 @@ __all__ = [
     "HorseshoeNetwork",
     "NetworkLayout",
     "NetworkPrior",
+    "NonlinearMarkov",
     "Pool",
     "PoolPrior",
+    "Recurrence",
     "Transition",
     "network_layout",
     "varying_chain",
