@@ -13,13 +13,13 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol, final
+from typing import Any, ClassVar, Protocol, final, runtime_checkable
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import TorchDistribution
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyrodyn.errors import ModelError
 from pyrodyn.recording import Recording
@@ -189,6 +189,18 @@ class IntegratedModel(LatentModel):
         parameters = self.sample_globals(recording)
         with trial_plate(recording):
             return self.trials(parameters, recording)
+
+
+@runtime_checkable
+class Recognised(Protocol):
+    """A model that brings a network to read trials with, for `pyrodyn.guides.Amortised`."""
+
+    def recognition(self, recording: Recording, hidden_dim: int) -> nn.Module:
+        """A module that samples the sites of the trials, called inside the trial plate with (parameters, recording).
+
+        It returns them by name. What it keeps of ``recording`` is what every other recording has, too: no trials.
+        """
+        ...
 
 
 def trial_plate(recording: Recording) -> pyro.plate:

@@ -46,8 +46,8 @@ def scan_arguments(kind: str, draws: tuple[int, ...], shared: bool, gain: bool, 
     drive = normal(g, BINS, *((1,) * len(draws)), 1, rows) if shared else normal(g, BINS, *draws, TRIALS, rows)
     recurrent = normal(g, *of_weight, rows, LATENT)
     other = normal(g, *of_weight, *(() if shared else (1,)), LATENT)
-    if kind == "leaky":
-        other = torch.sigmoid(normal(g, 1 if shared else BINS, *((1,) * len(draws)), 1, 1))
+    if kind == "leaky":  # axes of the batch may be missing
+        other = torch.sigmoid(normal(g, 1 if shared and draws else BINS, *((1,) * (len(draws) + 1 - shared)), 1))
     a = normal(g, BINS, *draws, TRIALS, LATENT) if gain else None
     b = normal(g, BINS, *draws, TRIALS, LATENT) if shift else None
     return [drive, initial, recurrent, other, a, b]

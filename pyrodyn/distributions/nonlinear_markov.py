@@ -146,6 +146,18 @@ class NonlinearMarkov(TorchDistribution):
             shift=shift,
         )
 
+    def pulled(self, ratio: Tensor, level: Tensor) -> NonlinearMarkov:
+        """`filtered` by potentials about ``level`` whose precision is ``ratio`` times that of the step itself.
+
+        Both are (*batch, time, latent); a step goes a share ratio / (1 + ratio) of the way to its level.
+        """
+        first, later = ratio[..., 0, :] / self.initial_sd.square(), ratio[..., 1:, :] / self.noise_sd.square()
+        lead = broadcast_shapes(first.shape[:-1], later.shape[:-2])
+        bins, latent = later.shape[-2:]
+        parts = [first.expand(lead + (latent,)).unsqueeze(-2), later.expand(lead + (bins, latent))]
+        precision = torch.cat(parts, -2)
+        return self.filtered(precision, precision * level)
+
     def expand(self, batch_shape, _instance=None) -> NonlinearMarkov:
         expanded = copy.copy(self)
         expanded._batch_shape = torch.Size(batch_shape)

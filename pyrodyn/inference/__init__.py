@@ -7,5 +7,19 @@ from pyrodyn.inference.hmc import HMC
 from pyrodyn.inference.laplace import Laplace
 from pyrodyn.inference.nuts import NUTS
 from pyrodyn.inference.svi import SVI
+from pyrodyn.inference.training import Constant, Cosine, EarlyStopping, Training
 
-__all__ = ["HMC", "NUTS", "SVI", "Gibbs", "Laplace", "LogDensity", "collapse", "collapses"]
+__all__ = [
+    "HMC",
+    "NUTS",
+    "SVI",
+    "Constant",
+    "Cosine",
+    "EarlyStopping",
+    "Gibbs",
+    "Laplace",
+    "LogDensity",
+    "Training",
+    "collapse",
+    "collapses",
+]

@@ -100,11 +100,11 @@ class _Gated(torch.autograd.Function):
             parts = [_outer(for_drive[..., :two], before, recurrent), _outer(for_inner, before, recurrent)]
             for_recurrent = torch.cat(parts, -2)
         if gain is not None and pulled is not None:
-            for_gain = (pulled * torch.lerp(new, before, gates[..., hidden:])).sum_to_size(gain.shape)
+            for_gain = _reduced(pulled * torch.lerp(new, before, gates[..., hidden:]), gain)
         if shift is not None and pulled is not None:
-            for_shift = pulled.sum_to_size(shift.shape)
+            for_shift = _reduced(pulled, shift)
         return (
-            for_drive.sum_to_size(drive.shape) if ctx.needs_input_grad[0] else None,
+            _reduced(for_drive, drive) if ctx.needs_input_grad[0] else None,
             carry.sum_to_size(initial.shape),
             for_recurrent,
             for_inner.sum_to_size(bias.shape) if ctx.needs_input_grad[3] else None,
@@ -179,13 +179,13 @@ class _Leaky(torch.autograd.Function):
         before = torch.cat([first.unsqueeze(0), states[:-1]])
         for_leak = for_gain = for_shift = None
         if ctx.needs_input_grad[3]:
-            for_leak = (flowing * (target - before)).sum_to_size(leak.shape)
+            for_leak = _reduced(flowing * (target - before), leak)
         if gain is not None and pulled is not None:
-            for_gain = (pulled * torch.lerp(before, target, leaks.expand(before.shape))).sum_to_size(gain.shape)
+            for_gain = _reduced(pulled * torch.lerp(before, target, _spread(leaks, before)), gain)
         if shift is not None and pulled is not None:
-            for_shift = pulled.sum_to_size(shift.shape)
+            for_shift = _reduced(pulled, shift)
         return (
-            for_drive.sum_to_size(drive.shape) if ctx.needs_input_grad[0] else None,
+            _reduced(for_drive, drive) if ctx.needs_input_grad[0] else None,
             carry.sum_to_size(initial.shape),
             _outer(for_drive, activity, recurrent) if ctx.needs_input_grad[2] else None,
             for_leak,
@@ -218,6 +218,18 @@ def _slope(slope: Tensor, t: int, gain: Tensor | None, pulled: Tensor | None) ->
     if pulled is not None:
         pulled[t] = slope
     return slope if gain is None else slope * gain[t]
+
+
+def _reduced(slopes: Tensor, part: Tensor) -> Tensor:
+    """Slopes (time, *batch, row) summed over what ``part`` (time or 1, *some of the batch, row) was broadcast over."""
+    missing = (1,) * (slopes.dim() - part.dim())
+    return slopes.sum_to_size(part.shape[:1] + missing + part.shape[1:]).reshape(part.shape)
+
+
+def _spread(part: Tensor, like: Tensor) -> Tensor:
+    """``part`` (time, *some of the batch, row) over the whole batch."""
+    missing = (1,) * (like.dim() - part.dim())
+    return part.reshape(part.shape[:1] + missing + part.shape[1:]).expand(like.shape)
 
 
 def _outer(slopes: Tensor, values: Tensor, weight: Tensor) -> Tensor:
