@@ -152,16 +152,35 @@ class StateSpaceModel(LatentModel):
         return law.mean
 
     @final
+    def trials(self, parameters: Any, recording: Recording) -> Tensor:
+        """The part of the program inside the trial plate; returns the observations."""
+        path = pyro.sample("latent", self.latent_path(parameters, recording), infer=PATH_DIMS)
+        return pyro.sample(
+            "observations",
+            self.readout_law(parameters, path, recording),
+            obs=recording.observations,
+            infer=OBSERVATION_DIMS,
+        )
+
+    @final
     def forward(self, recording: Recording) -> Tensor:
         parameters = self.sample_globals(recording)
         with trial_plate(recording):
-            path = pyro.sample("latent", self.latent_path(parameters, recording), infer=PATH_DIMS)
-            return pyro.sample(
-                "observations",
-                self.readout_law(parameters, path, recording),
-                obs=recording.observations,
-                infer=OBSERVATION_DIMS,
-            )
+            return self.trials(parameters, recording)
+
+
+class SampledModel(LatentModel):
+    """Globals, and trials whose latents are sites of any kind, for engines to sample."""
+
+    @abstractmethod
+    def trials(self, parameters: Any, recording: Recording) -> Tensor:
+        """The part of the program inside the trial plate; returns the observations."""
+
+    @final
+    def forward(self, recording: Recording) -> Tensor:
+        parameters = self.sample_globals(recording)
+        with trial_plate(recording):
+            return self.trials(parameters, recording)
 
 
 class IntegratedModel(LatentModel):
@@ -189,6 +208,15 @@ class IntegratedModel(LatentModel):
         parameters = self.sample_globals(recording)
         with trial_plate(recording):
             return self.trials(parameters, recording)
+
+
+@runtime_checkable
+class WithTrials(Protocol):
+    """A model that can be run from given parameters on, as those of the three kinds above can."""
+
+    def trials(self, parameters: Any, recording: Recording) -> Tensor:
+        """The part of the program inside the trial plate; returns the observations."""
+        ...
 
 
 @runtime_checkable

@@ -5,6 +5,7 @@ from pyrodyn.inference.density import LogDensity
 from pyrodyn.inference.gibbs import Gibbs
 from pyrodyn.inference.hmc import HMC
 from pyrodyn.inference.laplace import Laplace
+from pyrodyn.inference.local import LocalInference
 from pyrodyn.inference.nuts import NUTS
 from pyrodyn.inference.svi import SVI
 from pyrodyn.inference.training import Constant, Cosine, EarlyStopping, Training
@@ -18,6 +19,7 @@ __all__ = [
     "EarlyStopping",
     "Gibbs",
     "Laplace",
+    "LocalInference",
     "LogDensity",
     "Training",
     "collapse",
