@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyrodyn.checkpoint import Checkpoint
 from pyrodyn.errors import ModelError, RecordingError
-from pyrodyn.inference import SVI, collapse
+from pyrodyn.inference import SVI, collapse, collapses
 from pyrodyn.inference.collapse import Collapsed
 from pyrodyn.inference.engine import Engine, double_precision, random_stream
 from pyrodyn.posterior import (
@@ -219,12 +219,15 @@ def predict(
     model = model_of(posterior) if model is None else model
     same_units(posterior, recording)
     parameters = parameters_of(posterior, model, draws)
+    sizes = posterior["posterior"].sizes
+    repeats = draws if sizes["chain"] * sizes["draw"] == 1 else 1
     parts: dict[str, list[np.ndarray]] = {}
     dims: dict[str, tuple[str, ...]] = dict.fromkeys(EXPECTED, ("trial", "time", "unit"))
     with random_stream(seed), torch.no_grad(), double_precision():
         for part in trial_batches(recording, draws):
-            of_part = _of_path if isinstance(model, StateSpaceModel) else _of_trials
-            for name, (names, value) in of_part(model, parameters, part).items():
+            integrated = isinstance(model, StateSpaceModel) and collapses(model, part)
+            of_part = _of_path(model, parameters, part) if integrated else _of_trials(model, parameters, part, repeats)
+            for name, (names, value) in of_part.items():
                 parts.setdefault(name, []).append(value.numpy())
                 dims[name] = names
     found = {name: (dims[name], np.concatenate(values)) for name, values in parts.items()}
@@ -244,9 +247,9 @@ def _of_path(model: Any, parameters: Any, part: Recording) -> Labelled:
     return _bands(expected, drawn) | path_summary(law)
 
 
-def _of_trials(model: LatentModel, parameters: Any, part: Recording) -> Labelled:
+def _of_trials(model: LatentModel, parameters: Any, part: Recording, repeats: int) -> Labelled:
     """What `predict` returns of draws of what is latent."""
-    local = draw_local(model, parameters, part)
+    local = draw_local(model, parameters, part, repeats)
     drawn = model.expected(parameters, local, part)
     return _bands(drawn.mean(0), drawn) | over_draws(model.latents(parameters, local, part), model, part)
 

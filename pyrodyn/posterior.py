@@ -15,11 +15,11 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyrodyn import guides, inference, models, readouts
+from pyrodyn import guides, inference, models, networks, readouts
 from pyrodyn.diagnostics import diagnose
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.errors import ModelError
-from pyrodyn.inference import LogDensity, collapse, collapses
+from pyrodyn.inference import LocalInference, LogDensity, collapse, collapses
 from pyrodyn.inference.collapse import Collapsed
 from pyrodyn.inference.engine import Draws, Engine, double_precision, random_stream
 from pyrodyn.program import (
@@ -142,6 +142,7 @@ def build_model(spec: Any) -> LatentModel:
     """The model of a `specification`."""
     kinds = {name: getattr(models, name) for name in models.__all__}
     kinds |= {name: getattr(readouts, name) for name in readouts.__all__}
+    kinds |= {name: getattr(networks, name) for name in networks.__all__}
     return _build(spec, kinds)
 
 
@@ -211,11 +212,17 @@ def over_draws(latents: Labelled, model: LatentModel, recording: Recording) -> L
     return found
 
 
-def draw_local(model: LatentModel, parameters: Any, recording: Recording) -> dict[str, Tensor]:
-    """The sites of trials, each (draw, trial, *event), given observations and the parameters of every draw."""
+def draw_local(model: LatentModel, parameters: Any, recording: Recording, repeats: int = 1) -> dict[str, Tensor]:
+    """The sites of trials, each (draw, trial, *event), given observations and the parameters of every draw.
+
+    ``repeats`` is how many are drawn for every draw of the parameters where these draws are approximate: of a point
+    estimate there is but one.
+    """
     if isinstance(model, IntegratedModel):
         return model.draw_local(parameters, recording)
-    return {"latent": collapse(model).path_posterior(parameters, recording).sample()}
+    if collapses(model, recording):
+        return {"latent": collapse(model).path_posterior(parameters, recording).sample()}
+    return LocalInference().infer(model, parameters, recording).sample(repeats)
 
 
 def coordinates(recording: Recording, labelled: Labelled, model: LatentModel) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from pyrodyn.errors import ReadoutError
 from pyrodyn.linalg.matrix import broadcast_shapes
 from pyrodyn.recording import Recording
 
-__all__ = ["AffineReadout", "Bernoulli", "Gaussian", "NegativeBinomial", "Poisson", "Readout"]
+__all__ = ["AffineReadout", "Bernoulli", "Gaussian", "NegativeBinomial", "NetworkReadout", "Poisson", "Readout"]
 
 MAX_LOG_RATE = 30.0  # exp(30) events a bin: beyond any recording, and far from overflow
 
@@ -429,6 +429,38 @@ def mode_log_likelihood(
     seen = torch.ones_like(value[..., :1, :]) if observed is None else observed.to(value.dtype)
     rest = (rest if observed is None else torch.where(observed, rest, 0.0)).sum(-1, keepdim=True)
     return value @ slope.mT - seen @ constant.expand_as(slope).mT + rest
+
+
+class NetworkReadout(TorchDistribution):
+    """The observations given what a network makes of a path: as `AffineReadout` of it, but not affine in the path.
+
+    So nothing that integrates a path out takes it for what it is not.
+
+    Parameters
+    ----------
+    inner : AffineReadout
+        Of the network's output.
+    """
+
+    arg_constraints = {}
+    support = constraints.independent(constraints.real, 2)
+
+    def __init__(self, inner: AffineReadout) -> None:
+        self.inner = inner
+        super().__init__(inner.batch_shape, inner.event_shape, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.inner.log_prob(value)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.inner.mean
+
+    def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 (torch's own signature)
+        return self.inner.sample(sample_shape)
+
+    def expand(self, batch_shape, _instance=None) -> NetworkReadout:
+        return NetworkReadout(self.inner.expand(batch_shape))
 
 
 _PER_UNIT: Any = {"event_dims": ("unit",)}

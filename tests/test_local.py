@@ -36,7 +36,7 @@ def parameters(model: LatentModel, recording: Recording, draws: int = 2):
 
 def inferred(engine: LocalInference, model: LatentModel, given, recording: Recording):
     with random_stream(0), double_precision():
-        return engine.run(model, given, recording)
+        return engine.infer(model, given, recording)
 
 
 @pytest.mark.parametrize("missing", [0.0, 0.2])
@@ -182,4 +182,4 @@ def test_a_model_without_its_part_for_trials_is_refused_by_name():
         trials = None
 
     with pytest.raises(ModelError, match="Bare must say by a method trials"):
-        LocalInference().run(Bare(), None, zoo.blank())
+        LocalInference().infer(Bare(), None, zoo.blank())

@@ -13,6 +13,7 @@ from torch.autograd import gradcheck
 from pyrodyn.distributions import NonlinearMarkov
 from pyrodyn.networks import Gated, Leaky, LowRank
 from pyrodyn.networks.cells import BoundCell, CellWeights
+from pyrodyn.networks.controlled import Loop, controlled_scan
 from pyrodyn.networks.layers import product
 from pyrodyn.networks.scans import gated_scan, leaky_scan, tanh_
 
@@ -24,7 +25,7 @@ def normal(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def gated_step(state, drive, recurrent, bias):
+def one_gated_step(state, drive, recurrent, bias):
     """The unit as torch's own cell has it, gate by gate."""
     hidden = state.shape[-1]
     own = (recurrent @ state.unsqueeze(-1)).squeeze(-1)
@@ -33,7 +34,7 @@ def gated_step(state, drive, recurrent, bias):
     return (1.0 - update) * new + update * state
 
 
-def leaky_step(state, drive, recurrent, leak):
+def one_leaky_step(state, drive, recurrent, leak):
     return (1.0 - leak) * state + leak * ((recurrent @ torch.tanh(state).unsqueeze(-1)).squeeze(-1) + drive)
 
 
@@ -58,9 +59,9 @@ def by_steps(kind: str, drive, initial, recurrent, other, gain, shift) -> Tensor
     for t in range(BINS):
         weight = recurrent if recurrent.dim() == 2 else recurrent.unsqueeze(-3)
         if kind == "gated":
-            state = gated_step(state, drive[t], weight, other)
+            state = one_gated_step(state, drive[t], weight, other)
         else:
-            state = leaky_step(state, drive[t], weight, other[t if len(other) > 1 else 0])
+            state = one_leaky_step(state, drive[t], weight, other[t if len(other) > 1 else 0])
         state = state if gain is None else gain[t] * state
         state = state if shift is None else state + shift[t]
         states.append(state)
@@ -206,3 +207,67 @@ def test_a_product_with_drawn_weights_is_that_of_every_draw():
         torch.testing.assert_close(found[i, j], values[i, j] @ weight[i, j, 0].mT)
         torch.testing.assert_close(shared[i, j], plain @ weight[i, j, 0].mT)
     torch.testing.assert_close(product(plain, weight[0, 0, 0]), plain @ weight[0, 0, 0].mT)
+
+
+# ------------------------------------------------------------------------------------------ a generator under control
+
+CONTROL, GENERATOR, INPUTS = 2, 3, 2
+
+
+def loop_of(draws: tuple[int, ...], drawn_weights: bool) -> Loop:
+    g = torch.Generator().manual_seed(7)
+    lead = draws if drawn_weights else ()
+    return Loop(
+        drive=normal(g, BINS, *((1,) * len(draws)), TRIALS, 3 * CONTROL),
+        feedback=normal(g, *lead, 3 * CONTROL, GENERATOR),
+        recurrent=normal(g, 3 * CONTROL, CONTROL),
+        bias=normal(g, CONTROL),
+        head=normal(g, 2 * INPUTS, CONTROL),
+        head_bias=normal(g, 2 * INPUTS),
+        start=normal(g, CONTROL),
+        generator_drive=normal(g, 1, *lead, *((1,) if lead else ()), 3 * GENERATOR),
+        input_weight=normal(g, *lead, 3 * GENERATOR, INPUTS),
+        generator_recurrent=normal(g, *lead, 3 * GENERATOR, GENERATOR),
+        generator_bias=normal(g, *lead, *((1,) if lead else ()), GENERATOR),
+        initial=normal(g, *draws, TRIALS, GENERATOR),
+    )
+
+
+def loop_by_steps(loop: Loop, noise: Tensor, given: Tensor | None):
+    def wide(weight: Tensor) -> Tensor:
+        return weight if weight.dim() == 2 else weight.unsqueeze(-3)
+
+    def times(weight: Tensor, value: Tensor) -> Tensor:
+        return (wide(weight) @ value.unsqueeze(-1)).squeeze(-1)
+
+    control, state = loop.start, loop.initial
+    found = []
+    for t in range(BINS):
+        control = one_gated_step(control, loop.drive[t] + times(loop.feedback, state), loop.recurrent, loop.bias)
+        mean, log_sd = (times(loop.head, control) + loop.head_bias).chunk(2, -1)
+        value = mean + log_sd.exp() * noise[t] if given is None else given[t]
+        drive = loop.generator_drive[0] + times(loop.input_weight, value)
+        state = one_gated_step(state, drive, wide(loop.generator_recurrent), loop.generator_bias)
+        found.append((value, mean, log_sd, state))
+    return [torch.stack(parts) for parts in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(("draws", "drawn"), [((), False), ((2,), False), ((2, 3), True)])
+def test_the_loop_and_its_gradient_equal_autograd_through_the_steps(given, draws, drawn):
+    g = torch.Generator().manual_seed(1)
+    loop = Loop(*(part.requires_grad_() for part in loop_of(draws, drawn)))
+    noise = normal(g, BINS, *draws, TRIALS, INPUTS)
+    held = normal(g, BINS, *draws, TRIALS, INPUTS).requires_grad_() if given else None
+    found, expected = controlled_scan(loop, noise, held), loop_by_steps(loop, noise, held)
+    slopes = [normal(g, *part.shape) for part in expected]
+    inputs = [*loop, held] if given else list(loop)
+    totals = [
+        sum((slope * part).sum() for slope, part in zip(slopes, parts, strict=True)) for parts in (found, expected)
+    ]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for name, ours, theirs in zip(
+        [*Loop._fields, "given"], *(torch.autograd.grad(total, inputs) for total in totals), strict=False
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")

@@ -1,6 +1,7 @@
 """Whole trajectories, gauged matrices, and networks of dynamics, as single random variables."""
 
 from pyrodyn.distributions.gauss_markov import GaussMarkov
+from pyrodyn.distributions.gaussian_process import GaussianProcess
 from pyrodyn.distributions.horseshoe import HorseshoeNetwork
 from pyrodyn.distributions.loading import GaugedLoading
 from pyrodyn.distributions.network import NetworkLayout, NetworkPrior, network_layout
@@ -12,6 +13,7 @@ from pyrodyn.distributions.varying import varying_chain
 __all__ = [
     "GaugedLoading",
     "GaussMarkov",
+    "GaussianProcess",
     "HorseshoeNetwork",
     "NetworkLayout",
     "NetworkPrior",

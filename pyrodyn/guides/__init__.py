@@ -3,7 +3,7 @@
 Any callable with the same three arguments serves as well, so a user's own guide is a function.
 """
 
-from pyrodyn.guides.amortised import Amortised, AmortisedGuide
+from pyrodyn.guides.amortised import Amortised, AmortisedGuide, recognised
 from pyrodyn.guides.base import GuideFactory, Start
 from pyrodyn.guides.draws import draw_globals, draw_trials
 from pyrodyn.guides.gaussian import FullRank, LowRank, MeanField, PointEstimate
@@ -22,4 +22,5 @@ __all__ = [
     "StructuredGuide",
     "draw_globals",
     "draw_trials",
+    "recognised",
 ]

@@ -14,13 +14,14 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
-from pyrodyn.distributions import GaussMarkov, NonlinearMarkov
+from pyrodyn.distributions import GaussianProcess, GaussMarkov, NonlinearMarkov
 from pyrodyn.errors import ModelError
 from pyrodyn.guides.base import GlobalsOnly, GuideFactory, Start
 from pyrodyn.guides.gaussian import PointEstimate
 from pyrodyn.networks.recognition import Encoder, Head
 from pyrodyn.program import (
     PATH_DIMS,
+    IntegratedModel,
     LatentModel,
     Program,
     Recognised,
@@ -99,16 +100,17 @@ class AmortisedGuide(PyroModule):
 
 
 class PathRecognition(nn.Module):
-    r"""The path's law times potentials :math:`e^{-\frac12 \lambda_t x_t^2 + \eta_t x_t}` that an `Encoder` gives.
+    r"""The path's law times Gaussian potentials that an `Encoder` gives, bin by bin.
 
-    A Gauss-Markov path is multiplied by all of them at once; a `NonlinearMarkov` one step by step (`filtered`), its
-    potentials in units of the step's own precision.
+    A `GaussMarkov` path is multiplied by potentials with a full precision matrix, a `GaussianProcess` by diagonal ones;
+    a `NonlinearMarkov` path step by step (`pulled`). The potentials are read off the encoder's states and off the
+    observations of the bin themselves: in a linear model the potentials' means are linear in these.
     """
 
     def __init__(self, model: StateSpaceModel, recording: Recording, hidden_dim: int) -> None:
         super().__init__()
         law = _path_law(model, recording)
-        if not isinstance(law, GaussMarkov | NonlinearMarkov):
+        if not isinstance(law, GaussMarkov | GaussianProcess | NonlinearMarkov):
             raise ModelError(
                 f"the guide Amortised has no recognition network for a path that is {type(law).__name__}; give "
                 f"{type(model).__name__} a method recognition(recording, hidden_dim)"
@@ -116,22 +118,30 @@ class PathRecognition(nn.Module):
         self._model = (model,)
         latent = law.event_shape[-1]
         self.encoder = Encoder(recording, hidden_dim)
-        self.level = Head(2 * hidden_dim, latent)
-        self.precision = Head(2 * hidden_dim, latent, SMALL)
+        read = 2 * hidden_dim + self.encoder.num_features
+        self.level = Head(read, latent)
+        self.log_weight = Head(read, latent, SMALL)
+        self.lower = Head(read, latent * (latent - 1) // 2) if isinstance(law, GaussMarkov) and latent > 1 else None
 
     def forward(self, parameters: Any, recording: Recording) -> dict[str, Tensor]:
         law = self.law(parameters, recording)
         return {"latent": pyro.sample("latent", law, infer=PATH_DIMS)}
 
-    def law(self, parameters: Any, recording: Recording) -> GaussMarkov | NonlinearMarkov:
+    def law(self, parameters: Any, recording: Recording) -> Any:
         """q(path | globals, recording)."""
         prior = self._model[0].latent_path(parameters, recording)
-        states = self.encoder(recording).states
-        level, precision = self.level(states).transpose(0, 1), self.precision(states).transpose(0, 1).exp()
-        if isinstance(prior, GaussMarkov):
-            return prior.condition(torch.diag_embed(precision), level)
-        assert isinstance(prior, NonlinearMarkov)
-        return prior.pulled(precision, level)
+        encoded = self.encoder(recording)
+        read = torch.cat([encoded.states, encoded.features], -1)
+        level, weight = self.level(read).transpose(0, 1), self.log_weight(read).transpose(0, 1).exp()
+        if isinstance(prior, NonlinearMarkov):
+            return prior.pulled(weight, level)
+        if isinstance(prior, GaussianProcess):
+            return prior.condition(weight, weight * level)
+        root = torch.diag_embed(weight.sqrt())
+        if self.lower is not None:
+            root = root + _strictly_lower(self.lower(read).transpose(0, 1), root.shape[-1])
+        precision = root @ root.mT
+        return prior.condition(precision, (precision @ level.unsqueeze(-1)).squeeze(-1))
 
 
 class SiteRecognition(nn.Module):
@@ -173,6 +183,20 @@ class _Site(NamedTuple):
     over_time: bool
     shape: torch.Size  # of the unconstrained event, its time axis left out
     infer: Any
+
+
+def _strictly_lower(entries: Tensor, size: int) -> Tensor:
+    """Matrices (*batch, size, size) with ``entries`` (*batch, size (size - 1) / 2) below a diagonal of zeros."""
+    rows, columns = torch.tril_indices(size, size, -1)
+    flat = entries.new_zeros(*entries.shape[:-1], size * size)
+    return flat.index_copy(-1, rows * size + columns, entries).unflatten(-1, (size, size))
+
+
+def recognised(model: Program, recording: Recording) -> bool:
+    """Whether there is a recognition network for what is latent in trials: the model's own, or that of its path."""
+    if isinstance(model, Recognised) or not isinstance(model, StateSpaceModel):
+        return isinstance(model, LatentModel) and not isinstance(model, IntegratedModel)
+    return isinstance(_path_law(model, recording), GaussMarkov | GaussianProcess | NonlinearMarkov)
 
 
 def _path_law(model: StateSpaceModel, recording: Recording) -> Any:

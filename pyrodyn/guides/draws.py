@@ -36,7 +36,8 @@ def draw_globals(guide: nn.Module, recording: Recording, draws: int) -> tuple[di
             log_q = log_q + site["log_prob"].reshape(draws, -1).sum(-1)
             if not site["infer"].get("is_auxiliary", False):
                 local = any(frame.name == "trial" for frame in site["cond_indep_stack"])
-                values[name] = site["value"] if local else site["value"].squeeze(1)
+                # A point is the parameter itself: detached, or whatever is computed from it would carry a graph.
+                values[name] = site["value"].detach() if local else site["value"].detach().squeeze(1)
     return values, log_q
 
 

@@ -20,7 +20,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyrodyn.distributions import GaussMarkov, NonlinearMarkov
+from pyrodyn.distributions import GaussianProcess, GaussMarkov, NonlinearMarkov
 from pyrodyn.errors import ModelError, NonFiniteError
 from pyrodyn.inference.density import Site
 from pyrodyn.inference.mode import STEP, ascend, covariance_root
@@ -55,7 +55,7 @@ class LocalInference:
     particles: int = 2
     few: int = FEW
 
-    def run(self, model: LatentModel, parameters: Any, recording: Recording) -> LocalPosterior:
+    def infer(self, model: LatentModel, parameters: Any, recording: Recording) -> LocalPosterior:
         """Infer the sites of all trials of ``recording`` for every draw of ``parameters``, each (draw, 1, *event).
 
         Raises
@@ -281,7 +281,7 @@ class Independent(Family):
 class Chain(Family):
     """A path's own law, multiplied by a Gaussian potential in every bin.
 
-    A Gauss-Markov path is multiplied by all at once, any other step by step (`NonlinearMarkov.pulled`).
+    A Gaussian path is multiplied by all at once, any other step by step (`NonlinearMarkov.pulled`).
     """
 
     def __init__(self, target: LocalDensity) -> None:
@@ -297,6 +297,8 @@ class Chain(Family):
         weight = self.weight.exp()
         if isinstance(self.law, GaussMarkov):
             guide = self.law.condition(torch.diag_embed(weight), weight * self.level)
+        elif isinstance(self.law, GaussianProcess):
+            guide = self.law.condition(weight, weight * self.level)
         else:
             guide = self.law.pulled(weight, self.level)
         path = guide.expand(self.level.shape[:-2]).rsample((samples,))
@@ -309,8 +311,8 @@ def _family(target: LocalDensity) -> tuple[Family, str]:
     return Chain(target), "a chain for each path, by the bound of each trial"
 
 
-def _path_law(target: LocalDensity) -> GaussMarkov | NonlinearMarkov | None:
+def _path_law(target: LocalDensity) -> GaussMarkov | GaussianProcess | NonlinearMarkov | None:
     if not isinstance(target.model, StateSpaceModel):
         return None
     law = target.model.latent_path(target.parameters, target.recording)
-    return law if isinstance(law, GaussMarkov | NonlinearMarkov) else None
+    return law if isinstance(law, GaussMarkov | GaussianProcess | NonlinearMarkov) else None

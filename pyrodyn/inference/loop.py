@@ -149,6 +149,9 @@ class Run:
             loss.backward()
         if not all(bool(torch.isfinite(p.grad).all()) for p in self.parameters.values() if p.grad is not None):
             return False
+        if self.step < self.training.hold and isinstance(self.guide, AmortisedGuide):
+            for parameter in self.guide.globals.parameters():
+                parameter.grad = None  # Adam passes over it
         if self.training.clip is not None:
             self._clip(self.training.clip)
         self.optimiser.step()

@@ -21,6 +21,7 @@ from pyrodyn.guides import (
     StructuredGuide,
     draw_globals,
     draw_trials,
+    recognised,
 )
 from pyrodyn.inference.collapse import Collapsed, collapse, collapses
 from pyrodyn.inference.density import LogDensity
@@ -37,7 +38,7 @@ from pyrodyn.inference.loop import MAX_FAILURES as MAX_FAILURES
 from pyrodyn.inference.loop import Run as _Run
 from pyrodyn.inference.mode import covariance_root, negative_hessian
 from pyrodyn.inference.training import Cosine, EarlyStopping, Training
-from pyrodyn.program import Program, Recognised
+from pyrodyn.program import Program
 from pyrodyn.recording import Recording
 
 FULL_RANK_LIMIT = 300  # unconstrained globals; above, a full covariance has more entries than the data can fix
@@ -65,9 +66,10 @@ class SVI:
         Independent draws of the fitted guide that make the posterior; one where the globals are a point estimate, and
         fewer than asked for where there are so many globals that they would fill the memory.
     guide : callable, optional
-        One of `pyrodyn.guides`, or any function of (program, recording, initial values). By default a model's own
-        recognition network where it brings one and its path cannot be integrated out; otherwise a full-rank Gaussian up
-        to 300 globals and a low-rank one above. `guides.Structured()` samples the path together with the globals.
+        One of `pyrodyn.guides`, or any function of (program, recording, initial values). By default a recognition
+        network where what is latent in trials cannot be integrated out and there is such a network for it; otherwise a
+        full-rank Gaussian up to 300 globals and a low-rank one above. `guides.Structured()` samples the path together
+        with the globals.
     collapse : bool, optional
         None integrates the path out where it can be, unless the guide samples it.
     training : Training, optional
@@ -91,7 +93,7 @@ class SVI:
         with random_stream(seed), double_precision(), pyro.settings.context(module_local_params=True):
             values = starting_values(program, recording, CLIMB, "SVI: start")
             factory: Any = self.guide
-            if factory is None and isinstance(program, Recognised) and not collapses(program, recording):
+            if factory is None and not collapses(program, recording) and recognised(program, recording):
                 factory = Amortised()
             treatment = getattr(factory, "treatment", None)
             treated = program
@@ -174,15 +176,18 @@ class SVI:
 def network_training(program: Program, recording: Recording, steps: int) -> Training:
     """How networks are trained on a recording of this size where the user does not say.
 
+    Where the path could be integrated out, the globals start at the mode, and are held there until the recognition
+    network has come near; elsewhere all start together, and what is latent is given time before it has to be sparing.
     A network that reads and writes the same entries may come to copy them: a model that runs this risk says by an
     attribute ``dropout`` how much coordinated dropout it wants.
     """
-    trials = recording.num_trials
+    trials, climbed = recording.num_trials, collapses(program, recording)
     return Training(
         batch=SMALL_BATCH if trials >= 2 * SMALL_BATCH else None,
         schedule=Cosine(warm_up=min(50, steps // 20)),
         clip=5.0,
-        latent_warm_up=steps // 5,
+        latent_warm_up=0 if climbed else steps // 5,
+        hold=steps // 5 if climbed else 0,
         dropout=float(getattr(program, "dropout", 0.0)),
         stopping=EarlyStopping(every=max(1, steps // 60)) if trials >= FEW_TRIALS else None,
     )

@@ -83,6 +83,9 @@ class Training:
         Steps over which the KL terms of what is latent in trials, and of the globals, rise from nothing to what they
         are: first learn to explain the data, then to do it sparingly. With weights as sites, the latter is the penalty
         (L2) on weights.
+    hold : int
+        Steps in which the guide of the globals stays where it started, while a recognition network finds its way. For
+        globals that start near the mode: an untrained network would drive them off.
     dropout : float
         Coordinated dropout: in every step a share of the entries is hidden from the guide, and these alone are scored.
         A network that could copy its input into its output gains nothing by it. The bound becomes that of the hidden
@@ -102,6 +105,7 @@ class Training:
     clip: float | None = None
     latent_warm_up: int = 0
     weight_warm_up: int = 0
+    hold: int = 0
     dropout: float = 0.0
     stopping: EarlyStopping | None = None
     single_precision: bool = False

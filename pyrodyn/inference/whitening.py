@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pyrodyn.conditioning import find_mode, linearised_potential
-from pyrodyn.distributions import GaussMarkov
+from pyrodyn.distributions import GaussianProcess, GaussMarkov, NonlinearMarkov
 from pyrodyn.program import OBSERVATION_DIMS, Program, StateSpaceModel, globals_given, trial_plate
 from pyrodyn.readouts import AffineReadout
 from pyrodyn.recording import Recording
@@ -29,6 +30,8 @@ def whiten(program: Program, recording: Recording, values: Mapping[str, Tensor])
         return program, "sampled as the program has it"
     parameters = globals_given(program, values, recording)
     path = program.latent_path(parameters, recording)
+    if isinstance(path, NonlinearMarkov | GaussianProcess):
+        return Whitened(program, None), "sampled, whitened by its prior"
     if not isinstance(path, GaussMarkov):
         return program, "sampled as the program has it"
     readout = program.readout_law(parameters, path.linear.new_zeros(recording.num_trials, *path.event_shape), recording)
@@ -68,7 +71,7 @@ class Whitened:
                 infer=OBSERVATION_DIMS,
             )
 
-    def colour(self, parameters, prior: GaussMarkov, noise: Tensor, recording: Recording):
+    def colour(self, parameters, prior: Any, noise: Tensor, recording: Recording):
         """The path of standard normal ``noise`` (*draw, trial, time, latent), and log p - log q of it."""
         if self.point is None:
             return prior.transform(noise), None

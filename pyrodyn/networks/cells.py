@@ -21,6 +21,7 @@ from pyrodyn.distributions.loading import gauge_fix
 from pyrodyn.errors import ModelError
 from pyrodyn.linalg.matrix import broadcast_shapes
 from pyrodyn.networks.layers import prior_sd, product, sample_weight, start_weight
+from pyrodyn.networks.precision import lowered
 from pyrodyn.networks.scans import gated_scan, leaky_scan
 from pyrodyn.recording import Recording
 
@@ -143,7 +144,7 @@ class Leaky(Cell):
         return values | _start_inputs(latent_dim, recording)
 
     def bind(self, weights: CellWeights, inputs: Tensor | None, steps: Tensor) -> BoundLeaky:
-        drive = _drive(weights, inputs, len(steps))
+        drive = driven(weights, inputs, len(steps))
         return BoundLeaky(self.matrix(weights), drive, self._leak(weights, steps))
 
     def _leak(self, weights: CellWeights, steps: Tensor) -> Tensor:
@@ -288,7 +289,7 @@ class Gated(Cell):
 
     def bind(self, weights: CellWeights, inputs: Tensor | None, steps: Tensor) -> BoundGated:
         assert weights.candidate_bias is not None
-        return BoundGated(weights.recurrent, weights.candidate_bias, _drive(weights, inputs, len(steps)))
+        return BoundGated(weights.recurrent, weights.candidate_bias, driven(weights, inputs, len(steps)))
 
     def noise_scale(self, weights: CellWeights, steps: Tensor) -> Tensor:
         del weights
@@ -334,10 +335,12 @@ class BoundCell(ABC):
         """See `Recurrence`."""
 
     def scan(self, initial: Tensor, gain: Tensor | None, shift: Tensor | None) -> Tensor:
-        """See `Recurrence`."""
-        major = [None if part is None else part.movedim(-2, 0) for part in (self.drive, gain, shift)]
-        weight = self.weight.squeeze(-3) if self.weight.dim() > 2 else self.weight
-        return self._scan(major[0], initial, weight, major[1], major[2]).movedim(0, -2)
+        """See `Recurrence`. The states are in the digits that networks work in."""
+        drive, gain, shift = (
+            None if part is None else part.movedim(-2, 0) for part in lowered(self.drive, gain, shift)
+        )
+        weight, initial = lowered(self.weight.squeeze(-3) if self.weight.dim() > 2 else self.weight, initial)
+        return self._scan(drive, initial, weight, gain, shift).movedim(0, -2)
 
     @abstractmethod
     def _scan(self, drive, initial, weight, gain, shift) -> Tensor: ...
@@ -354,7 +357,8 @@ class BoundLeaky(BoundCell):
         return torch.lerp(states, product(torch.tanh(states), self.weight) + self.drive, self.leak)
 
     def _scan(self, drive, initial, weight, gain, shift) -> Tensor:
-        return leaky_scan(drive, initial, weight, self.leak.movedim(-2, 0), gain, shift)
+        (leak,) = lowered(self.leak.movedim(-2, 0))
+        return leaky_scan(drive, initial, weight, leak, gain, shift)
 
 
 class BoundGated(BoundCell):
@@ -371,10 +375,11 @@ class BoundGated(BoundCell):
         return torch.lerp(new, states, torch.sigmoid(update + own[1]))
 
     def _scan(self, drive, initial, weight, gain, shift) -> Tensor:
-        return gated_scan(drive, initial, weight, self.bias, gain, shift)
+        (bias,) = lowered(self.bias)
+        return gated_scan(drive, initial, weight, bias, gain, shift)
 
 
-def _drive(weights: CellWeights, inputs: Tensor | None, bins: int) -> Tensor:
+def driven(weights: CellWeights, inputs: Tensor | None, bins: int) -> Tensor:
     """Bias and inputs, (*draw, trial or 1, time - 1, row)."""
     bias = weights.bias.unsqueeze(-2)
     if weights.input_weight is None or inputs is None:

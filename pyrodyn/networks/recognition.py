@@ -17,6 +17,7 @@ class Encoded(NamedTuple):
 
     states: Tensor  # (time, trial, 2 hidden): the state that came from the past, the one that came from the future
     summary: Tensor  # (trial, 2 hidden): both after the whole trial
+    features: Tensor  # (time, trial, feature): what was read
 
 
 class GatedLayer(nn.Module):
@@ -67,8 +68,9 @@ class Encoder(nn.Module):
         variance = (observed * (recording.values - centre).square()).sum((0, 1)) / count
         self.register_buffer("centre", centre)
         self.register_buffer("spread", torch.where(variance > 0.0, variance.sqrt(), 1.0))
-        features = recording.num_units + 1 + recording.num_inputs
-        self.ahead, self.back = GatedLayer(features, hidden_dim), GatedLayer(features, hidden_dim)
+        self.num_features = recording.num_units + 1 + recording.num_inputs
+        self.ahead = GatedLayer(self.num_features, hidden_dim)
+        self.back = GatedLayer(self.num_features, hidden_dim)
 
     def features(self, recording: Recording) -> Tensor:
         """(time, trial, feature)."""
@@ -90,7 +92,7 @@ class Encoder(nn.Module):
         values = self.features(recording)
         ahead = self.ahead(values)
         back = self.back(values.flip(0)).flip(0)
-        return Encoded(torch.cat([ahead, back], -1), torch.cat([ahead[-1], back[0]], -1))
+        return Encoded(torch.cat([ahead, back], -1), torch.cat([ahead[-1], back[0]], -1), values)
 
 
 class Head(nn.Module):

@@ -61,12 +61,7 @@ class _Gated(torch.autograd.Function):
         weight = recurrent.mT
         first = state
         for t in range(len(drive)):
-            product = state @ weight
-            torch.add(drive[t, ..., :two], product[..., :two], out=gates[t]).sigmoid_()
-            reset, update = gates[t].chunk(2, -1)
-            torch.add(product[..., two:], bias, out=inner[t])
-            tanh_(torch.addcmul(drive[t, ..., two:], reset, inner[t], out=new[t]))
-            torch.lerp(new[t], state, update, out=states[t])
+            gated_step(drive[t], state @ weight, bias, state, (gates[t], inner[t], new[t], states[t]))
             _move(states[t], t, gain, shift)
             state = states[t]
         ctx.save_for_backward(drive, initial, recurrent, bias, gain, shift, first, gates, inner, new, states)
@@ -86,31 +81,60 @@ class _Gated(torch.autograd.Function):
         for t in range(len(states) - 1, -1, -1):
             slope = _slope(for_states[t] + carry, t, gain, pulled)
             before = states[t - 1] if t else first
-            reset, update = gates[t].chunk(2, -1)
-            kept = update * slope
-            for_new = torch.mul(slope - kept, 1.0 - new[t].square(), out=for_drive[t, ..., two:])
-            torch.mul(kept, (before - new[t]) * (1.0 - update), out=for_drive[t, ..., hidden:two])
-            torch.mul(for_new, reset, out=for_inner[t])
-            torch.mul(for_inner[t] * inner[t], 1.0 - reset, out=for_drive[t, ..., :hidden])
+            kept = gated_slopes(slope, before, (gates[t], inner[t], new[t]), for_drive[t], for_inner[t])
             carry = kept + for_drive[t, ..., :two] @ of_gates
             carry += for_inner[t] @ of_new
         before = torch.cat([first.unsqueeze(0), states[:-1]])
         for_recurrent = for_gain = for_shift = None
         if ctx.needs_input_grad[2]:
-            parts = [_outer(for_drive[..., :two], before, recurrent), _outer(for_inner, before, recurrent)]
+            parts = [outer(for_drive[..., :two], before, recurrent), outer(for_inner, before, recurrent)]
             for_recurrent = torch.cat(parts, -2)
         if gain is not None and pulled is not None:
-            for_gain = _reduced(pulled * torch.lerp(new, before, gates[..., hidden:]), gain)
+            for_gain = reduced(pulled * torch.lerp(new, before, gates[..., hidden:]), gain)
         if shift is not None and pulled is not None:
-            for_shift = _reduced(pulled, shift)
+            for_shift = reduced(pulled, shift)
         return (
-            _reduced(for_drive, drive) if ctx.needs_input_grad[0] else None,
+            reduced(for_drive, drive) if ctx.needs_input_grad[0] else None,
             carry.sum_to_size(initial.shape),
             for_recurrent,
             for_inner.sum_to_size(bias.shape) if ctx.needs_input_grad[3] else None,
             for_gain,
             for_shift,
         )
+
+
+def gated_step(drive: Tensor, own: Tensor, bias: Tensor, state: Tensor, into: tuple[Tensor, ...]) -> None:
+    """One step of a gated unit.
+
+    ``own`` is what the state (*batch, hidden) gives through W. The results are written into (*batch, 2 hidden) gates
+    and three tensors (*batch, hidden): what the candidate is given by W and c, the candidate, the state.
+    """
+    gates, inner, new, after = into
+    two = gates.shape[-1]
+    torch.add(drive[..., :two], own[..., :two], out=gates).sigmoid_()
+    reset, update = gates.chunk(2, -1)
+    torch.add(own[..., two:], bias, out=inner)
+    tanh_(torch.addcmul(drive[..., two:], reset, inner, out=new))
+    torch.lerp(new, state, update, out=after)
+
+
+def gated_slopes(
+    slope: Tensor, before: Tensor, made: tuple[Tensor, ...], for_drive: Tensor, for_inner: Tensor
+) -> Tensor:
+    """The way back through `gated_step`.
+
+    From the slope in the state (*batch, hidden), the slopes in the drive (*batch, 3 hidden) and in what the candidate
+    is given by W (*batch, hidden) are written; what passes on to the state before without W is returned.
+    """
+    gates, inner, new = made
+    hidden = new.shape[-1]
+    reset, update = gates.chunk(2, -1)
+    kept = update * slope
+    for_new = torch.mul(slope - kept, 1.0 - new.square(), out=for_drive[..., 2 * hidden :])
+    torch.mul(kept, (before - new) * (1.0 - update), out=for_drive[..., hidden : 2 * hidden])
+    torch.mul(for_new, reset, out=for_inner)
+    torch.mul(for_inner * inner, 1.0 - reset, out=for_drive[..., :hidden])
+    return kept
 
 
 def leaky_scan(
@@ -179,15 +203,15 @@ class _Leaky(torch.autograd.Function):
         before = torch.cat([first.unsqueeze(0), states[:-1]])
         for_leak = for_gain = for_shift = None
         if ctx.needs_input_grad[3]:
-            for_leak = _reduced(flowing * (target - before), leak)
+            for_leak = reduced(flowing * (target - before), leak)
         if gain is not None and pulled is not None:
-            for_gain = _reduced(pulled * torch.lerp(before, target, _spread(leaks, before)), gain)
+            for_gain = reduced(pulled * torch.lerp(before, target, _spread(leaks, before)), gain)
         if shift is not None and pulled is not None:
-            for_shift = _reduced(pulled, shift)
+            for_shift = reduced(pulled, shift)
         return (
-            _reduced(for_drive, drive) if ctx.needs_input_grad[0] else None,
+            reduced(for_drive, drive) if ctx.needs_input_grad[0] else None,
             carry.sum_to_size(initial.shape),
-            _outer(for_drive, activity, recurrent) if ctx.needs_input_grad[2] else None,
+            outer(for_drive, activity, recurrent) if ctx.needs_input_grad[2] else None,
             for_leak,
             for_gain,
             for_shift,
@@ -220,7 +244,7 @@ def _slope(slope: Tensor, t: int, gain: Tensor | None, pulled: Tensor | None) ->
     return slope if gain is None else slope * gain[t]
 
 
-def _reduced(slopes: Tensor, part: Tensor) -> Tensor:
+def reduced(slopes: Tensor, part: Tensor) -> Tensor:
     """Slopes (time, *batch, row) summed over what ``part`` (time or 1, *some of the batch, row) was broadcast over."""
     missing = (1,) * (slopes.dim() - part.dim())
     return slopes.sum_to_size(part.shape[:1] + missing + part.shape[1:]).reshape(part.shape)
@@ -232,7 +256,7 @@ def _spread(part: Tensor, like: Tensor) -> Tensor:
     return part.reshape(part.shape[:1] + missing + part.shape[1:]).expand(like.shape)
 
 
-def _outer(slopes: Tensor, values: Tensor, weight: Tensor) -> Tensor:
+def outer(slopes: Tensor, values: Tensor, weight: Tensor) -> Tensor:
     """The sum over bins and trials of slopes (time, *draw, trial, out) times values (time, *draw, trial, in).
 
     With the draws of ``weight`` (*draw, row, in); draws that it does not have are summed, too.
