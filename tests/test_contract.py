@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import warnings
+from collections.abc import Collection
 
 import numpy as np
 import pyro
@@ -19,18 +20,19 @@ from torch import Tensor
 
 import pyrodyn as dyn
 from pyrodyn import guides, inference, models, readouts
-from pyrodyn.inference import LogDensity, collapse
+from pyrodyn.inference import LocalInference, LogDensity, collapse
 from pyrodyn.inference.engine import double_precision, random_stream
-from pyrodyn.program import LatentModel, StateSpaceModel, globals_given, is_random, log_joint, log_terms
+from pyrodyn.inference.local import LocalDensity
+from pyrodyn.program import LatentModel, globals_given, is_random, log_joint, log_terms
 from pyrodyn.readouts import Readout
 
 ROWS = [pytest.param(row, id=row.name) for row in zoo.MODELS]
-# Every row with its latents integrated out, and those with a path of numbers with the path sampled, too.
+# Every row with its latents integrated out, and with these sampled, where that can be done.
 TREATED = [
     pytest.param(row, treatment, id=f"{row.name}-{treatment}")
     for row in zoo.MODELS
     for treatment in ("path", "collapsed")
-    if treatment == "collapsed" or isinstance(row.model, StateSpaceModel)
+    if (row.sampled if treatment == "path" else row.integrated)
 ]
 
 
@@ -69,10 +71,10 @@ def test_every_engine_and_guide_has_a_row():
 # ---------------------------------------------------------------------------------------------- the broadcast rule
 
 
-def one_by_one(values: dict[str, Tensor], draws: tuple[int, ...]):
+def one_by_one(values: dict[str, Tensor], draws: tuple[int, ...], local: Collection[str]):
     """The values of every single draw, without draw dimensions: (*event), or (trial, *event) for what is local."""
     for index in itertools.product(*map(range, draws)):
-        yield index, {name: v[index] if name == "latent" else v[index].squeeze(0) for name, v in values.items()}
+        yield index, {name: v[index] if name in local else v[index].squeeze(0) for name, v in values.items()}
 
 
 @pytest.mark.parametrize(("row", "treatment"), TREATED)
@@ -81,13 +83,13 @@ def test_scoring_draws_together_equals_scoring_them_one_by_one(row, draws, treat
     recording = row.recording
     program = row.model if treatment == "path" else collapse(row.model)
     values = zoo.prior_draws(row.model, recording, draws)
-    if treatment == "path":
-        values["latent"] = zoo.path_draws(row.model, values, recording)
-        assert values["latent"].shape[:-2] == (*draws, recording.num_trials)
+    local = zoo.local_draws(row.model, values, recording) if treatment == "path" else {}
+    assert all(value.shape[: len(draws) + 1] == (*draws, recording.num_trials) for value in local.values())
+    values |= local
     together = log_joint(program, values, recording)
     shared, of_trials = log_terms(program, values, recording)
     assert together.shape == shared.shape == draws and of_trials.shape == (*draws, recording.num_trials)
-    for index, single in one_by_one(values, draws):
+    for index, single in one_by_one(values, draws, local):
         alone = log_joint(program, single, recording)
         assert alone.shape == ()
         torch.testing.assert_close(together[index], alone, rtol=1e-10, atol=1e-10)
@@ -100,7 +102,7 @@ def test_unconstrained_density_broadcasts_and_is_the_joint_with_its_jacobian(row
     density = LogDensity(row.model if treatment == "path" else collapse(row.model), recording)
     values = zoo.prior_draws(row.model, recording, (2, 3))
     if treatment == "path":
-        values["latent"] = zoo.path_draws(row.model, values, recording)
+        values |= zoo.local_draws(row.model, values, recording)
     vector = density.unconstrain(values)
     assert vector.shape == (2, 3, density.dimension)
     for name, value in density.constrain(vector).items():
@@ -141,6 +143,8 @@ def test_a_blank_recording_samples_what_an_observed_one_scores(row):
         expected = before["fn"].log_prob(before["value"])
         assert expected.shape == (blank.num_trials,) and bool(torch.isfinite(expected).all())
         torch.testing.assert_close(after["fn"].log_prob(after["value"]), expected, rtol=1e-12, atol=1e-12)
+    if not row.integrated:
+        return
     collapsed = poutine.trace(collapse(row.model)).get_trace(blank).nodes["observations"]["value"]
     assert collapsed.shape == drawn.shape
     row.model.check(blank.with_observations(collapsed))
@@ -166,20 +170,26 @@ def test_simulation_follows_its_seed(row):
 # ---------------------------------------------------------------------------------------------- symmetries and labels
 
 
-def log_likelihood(model, parameters, recording) -> Tensor:
-    """log p(y | parameters) of every draw and trial, the path integrated out."""
-    return collapse(model).marginal(parameters, recording).log_prob(recording.observations)
+def log_likelihood(row, parameters, local, recording) -> Tensor:
+    """log p(y | parameters) of every draw and trial; of y and what is latent where that cannot be integrated out."""
+    if row.integrated:
+        return collapse(row.model).marginal(parameters, recording).log_prob(recording.observations)
+    return LocalDensity(row.model, parameters, recording)(local)
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_the_declared_symmetry_changes_neither_likelihood_nor_invariants(row):
     model, recording = row.model, row.recording
-    parameters = globals_given(model, zoo.prior_draws(model, recording, (4,)), recording)
-    likelihood, before = log_likelihood(model, parameters, recording), model.invariants(parameters)
+    values = zoo.prior_draws(model, recording, (4,))
+    parameters = globals_given(model, values, recording)
+    local = {} if row.integrated else zoo.local_draws(model, values, recording)
+    likelihood, before = log_likelihood(row, parameters, local, recording), model.invariants(parameters)
     moved = False
     for seed in range(2, 6):
         turned = model.transformed(parameters, recording, seed)
-        torch.testing.assert_close(log_likelihood(model, turned, recording), likelihood, rtol=1e-9, atol=1e-9)
+        moved_local = row.moved(model, local, seed) if local else local
+        found = log_likelihood(row, turned, moved_local, recording)
+        torch.testing.assert_close(found, likelihood, rtol=1e-9, atol=1e-9)
         after = model.invariants(turned)
         assert before.keys() == after.keys()
         for name, (dims, value) in before.items():
@@ -233,10 +243,19 @@ def test_initial_values_are_one_finite_value_for_every_global(row):
     for name, site in sites.items():
         assert values[name].shape == site["value"].shape and values[name].dtype == torch.float64
         assert bool(site["fn"].support.check(values[name]).all()), name
-    start = log_joint(collapse(model), values, recording)
-    assert bool(torch.isfinite(start))
     # Better than what the prior gives, or there would be no point in them.
-    assert float(start) > float(log_joint(collapse(model), zoo.prior_draws(model, recording, (8,)), recording).median())
+    several = {
+        name: torch.cat([batch_of_one(values)[name], drawn])
+        for name, drawn in zoo.prior_draws(model, recording, (8,)).items()
+    }
+    if row.integrated:
+        found = log_joint(collapse(model), several, recording)
+    else:
+        with random_stream(0), double_precision():
+            posterior = LocalInference(steps=60).infer(model, globals_given(model, several, recording), recording)
+            found = posterior.log_evidence(20)[1].sum(-1)
+    assert bool(torch.isfinite(found[0]))
+    assert float(found[0]) > float(found[1:].median())
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -250,6 +269,11 @@ def test_the_specification_rebuilds_the_model(row):
 # ---------------------------------------------------------------------------------------------- a plain Pyro program
 
 
+def batch_of_one(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Values (*event) as one draw of them, (1, 1, *event)."""
+    return {name: value.unsqueeze(0).unsqueeze(0) for name, value in values.items()}
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_stock_pyro_runs_it(row):
     recording, blank = row.recording, row.recording.blank()
@@ -260,16 +284,20 @@ def test_stock_pyro_runs_it(row):
         assert one["observations"].shape == (2, blank.num_trials, blank.num_bins, blank.num_units)
         assert batched["observations"].shape == one["observations"].shape
         assert batched.keys() == one.keys() and all(batched[name].shape == one[name].shape for name in one)
-        program = row.model if isinstance(row.model, StateSpaceModel) else collapse(row.model)
+        program = row.model if row.sampled else collapse(row.model)
         svi = SVI(program, AutoNormal(program), pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
         assert np.isfinite(svi.step(recording))
         pyro.clear_param_store()
-        density = LogDensity(collapse(row.model), recording)
-        start = density.constrain(density.unconstrain(row.model.initial_values(recording)))
+        program = collapse(row.model) if row.integrated else row.model
+        start = row.model.initial_values(recording)
+        if not row.integrated:
+            start |= {
+                name: value[0] for name, value in zoo.local_draws(row.model, batch_of_one(start), recording).items()
+            }
+        density = LogDensity(program, recording)
+        start = density.constrain(density.unconstrain(start))
         start = {name: value.clone() for name, value in start.items()}
-        kernel = NUTS(
-            collapse(row.model), max_tree_depth=1, init_strategy=pyro.infer.autoguide.init_to_value(values=start)
-        )
+        kernel = NUTS(program, max_tree_depth=1, init_strategy=pyro.infer.autoguide.init_to_value(values=start))
         chain = MCMC(kernel, num_samples=1, warmup_steps=1, disable_progbar=True)
         chain.run(recording)
     drawn = chain.get_samples()
@@ -306,11 +334,11 @@ def test_every_engine_gives_the_same_tree(row, tmp_path):
         recording = row.recording
         assert list(posterior["unit"].values) == list(recording.unit)
         assert list(posterior["region"].values) == list(recording.region)
-        assert tree["log_likelihood"]["observations"].dims == ("chain", "draw", "trial")
-        assert list(tree["log_likelihood"]["trial"].values) == list(recording.trial)
-        assert (
-            np.isfinite(tree["log_likelihood"]["observations"]).all() and np.isfinite(tree["sample_stats"]["lp"]).all()
-        )
+        if row.integrated:
+            scores = tree["log_likelihood"]["observations"]
+            assert scores.dims == ("chain", "draw", "trial")
+            assert list(tree["log_likelihood"]["trial"].values) == list(recording.trial)
+            assert np.isfinite(scores).all() and np.isfinite(tree["sample_stats"]["lp"]).all()
         latents = tree["latents"].to_dataset()
         shown = [v for name, v in latents.items() if not str(name).endswith("draws")]
         assert shown and all(v.shape[:2] == (recording.num_trials, recording.num_bins) for v in shown)
@@ -340,11 +368,12 @@ def test_a_saved_posterior_is_equal_and_predicts_equally(row, kind, tmp_path):
 
 @pytest.mark.parametrize("row", ROWS)
 def test_prediction_of_a_trial_depends_on_that_trial_alone(row):
-    tree, recording = zoo.fitted(row.name, "Laplace"), row.recording
+    tree, recording = zoo.fitted(row.name, "Laplace" if row.integrated else "SVI"), row.recording
     whole = dyn.predict(tree, recording, draws=4)
     for i in range(recording.num_trials):
         alone = dyn.predict(tree, recording.isel(trial=[i]), draws=4)
-        if not isinstance(row.model, StateSpaceModel):  # drawn, and so dependent on the random numbers of other trials
+        # Elsewhere drawn, and so dependent on the random numbers of other trials.
+        if not (row.integrated and row.sampled):
             continue
         for name in ("path", "path_sd", "expected"):
             np.testing.assert_allclose(alone[name].values[0], whole[name].values[i], rtol=1e-7, atol=1e-8)

@@ -22,7 +22,7 @@ from pyrodyn.posterior import parameters_of, path_summary, thinned, to_datatree,
 from pyrodyn.program import IntegratedModel, globals_given, log_joint
 from pyrodyn.recording import Recording
 
-ROWS = [pytest.param(row, id=row.name) for row in zoo.MODELS]
+ROWS = [pytest.param(row, id=row.name) for row in zoo.MODELS if row.integrated]
 
 
 def sites_of(tree: xr.DataTree, density: LogDensity) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -78,7 +78,8 @@ def test_parameters_come_back_from_a_posterior(row):
             torch.testing.assert_close(
                 getattr(back, name), value.expand(getattr(back, name).shape), rtol=1e-9, atol=1e-10
             )
-    assert len(parameters_of(tree, row.model, draws=4)[0]) == 4
+    thinned = parameters_of(tree, row.model, draws=4)
+    assert all(len(value) == 4 for value in thinned if value is not None)
 
 
 def test_latents_are_the_mixture_over_draws():

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pyro
@@ -19,9 +20,10 @@ from pyro import poutine
 from torch import Tensor
 
 import pyrodyn as dyn
-from pyrodyn import guides, inference, models, readouts
+from pyrodyn import guides, inference, models, networks, readouts
 from pyrodyn.inference.engine import Engine, double_precision, random_stream
-from pyrodyn.program import LatentModel, StateSpaceModel, globals_given
+from pyrodyn.inference.local import LocalDensity
+from pyrodyn.program import IntegratedModel, LatentModel, StateSpaceModel, globals_given
 from pyrodyn.recording import Recording
 
 
@@ -38,12 +40,29 @@ class Row:
         Gives the blank recording that the model is simulated on.
     symmetry : str
         What `model.transformed` draws from, in words; the test holds the model to it.
+    moved : callable
+        What that does to the drawn sites of trials, given model, sites and seed; nothing by default. Looked at where
+        they cannot be integrated out.
+    structured : bool
+        Whether the structured guide takes the model.
     """
 
     name: str
     model: LatentModel
     like: Callable[[], Recording]
     symmetry: str
+    moved: Callable[[Any, dict[str, Tensor], int], dict[str, Tensor]] = lambda model, local, seed: local
+    structured: bool = True
+
+    @property
+    def integrated(self) -> bool:
+        """Whether what is latent in trials can be integrated out, or the model does so itself."""
+        return inference.collapses(self.model, self.like())
+
+    @property
+    def sampled(self) -> bool:
+        """Whether it can be sampled by an engine."""
+        return not isinstance(self.model, IntegratedModel)
 
     @property
     def recording(self) -> Recording:
@@ -61,6 +80,7 @@ def blank(
     missing: float = 0.0,
     inputs: int = 0,
     irregular: bool = False,
+    conditions: tuple[str, ...] = (),
 ) -> Recording:
     """A blank recording: ragged by ``lengths``, with a share ``missing`` of the entries unobserved, with ``inputs``.
 
@@ -85,6 +105,7 @@ def blank(
         trial=[f"t{i}" for i in range(trials)],
         lengths=lengths,
         mask=mask,
+        condition=[conditions[i % len(conditions)] for i in range(trials)] if conditions else None,
         inputs=rng.normal(size=(trials, bins, inputs)) * 3.0 if inputs else None,
     ).blank()
 
@@ -200,6 +221,45 @@ MODELS += (
     ),
 )
 
+UNITS = "another numbering and other signs of the units of the network"
+
+MODELS += (
+    Row(
+        "LatentRNN-Poisson-inputs",
+        models.LatentRNN(2),
+        lambda: blank(inputs=1),
+        UNITS,
+        lambda model, local, seed: {"latent": local["latent"][..., model.symmetry(seed)[0]] * model.symmetry(seed)[1]},
+    ),
+    Row(
+        "LatentRNN-Gaussian-low-rank-irregular-missing",
+        models.LatentRNN(3, networks.LowRank(rank=1), readouts.Gaussian()),
+        lambda: blank(counts=False, irregular=True, missing=0.2),
+        UNITS,
+        lambda model, local, seed: {"latent": local["latent"][..., model.symmetry(seed)[0]] * model.symmetry(seed)[1]},
+    ),
+    Row(
+        "VAE-Gaussian-linear",
+        models.VAE(2, hidden=(), readout=readouts.Gaussian()),
+        lambda: blank(counts=False),
+        ROTATION,
+    ),
+    Row(
+        "VAE-Poisson-smooth-conditions-ragged",
+        models.VAE(2, hidden=(3,), time=models.Smooth(), conditions=("a", "b")),
+        lambda: blank(lengths=[9, 4, 1], conditions=("a", "b")),
+        UNITS,
+        lambda model, local, seed: {"latent": local["latent"] @ model.symmetry(seed)[0].mT},
+        structured=False,
+    ),
+    Row(
+        "LFADS-Poisson-controller-inputs-missing",
+        models.LFADS(2, generator_dim=3, initial_dim=2, input_dim=1, controller_dim=3),
+        lambda: blank(inputs=1, missing=0.2),
+        UNITS,
+    ),
+)
+
 READOUTS: tuple[readouts.Readout, ...] = (
     readouts.Gaussian(),
     readouts.Poisson(),
@@ -227,10 +287,15 @@ GUIDES: tuple[guides.GuideFactory, ...] = (guides.FullRank(), guides.MeanField()
 def applies(engine: Engine, row: Row) -> bool:
     """Whether an engine takes a model.
 
-    `inference.Gibbs` takes those that declare their conditionals, and an engine that samples paths those with a path.
+    `inference.Gibbs` takes those that declare their conditionals, `inference.Laplace` those without anything latent in
+    trials left, and an engine that samples paths those with a path.
     """
     if isinstance(engine, inference.Gibbs):
         return hasattr(row.model, "conditionals")
+    if isinstance(engine, inference.Laplace):
+        return row.integrated
+    if isinstance(getattr(engine, "guide", None), guides.Structured) and not row.structured:
+        return False
     samples_path = getattr(engine, "collapse", None) is False or isinstance(
         getattr(engine, "guide", None), guides.Structured
     )
@@ -271,17 +336,10 @@ def prior_draws(model: LatentModel, recording: Recording, shape: tuple[int, ...]
     }
 
 
-def path_draws(model: LatentModel, values: dict[str, Tensor], recording: Recording, seed: int = 1) -> Tensor:
-    """A path for every trial and every draw of the globals, (*draw, trial, time, latent)."""
+def local_draws(
+    model: LatentModel, values: dict[str, Tensor], recording: Recording, seed: int = 1
+) -> dict[str, Tensor]:
+    """What is latent in every trial, drawn from its prior for every draw of the globals, (*draw, trial, *event)."""
     with random_stream(seed), torch.no_grad():
-        parameters = globals_given(model, values, recording)
-        law = model.latent_path(parameters, recording)
-        lead = next(iter(values.values()))
-        draws = lead.shape[: lead.dim() - _event_dim(model, recording, next(iter(values))) - 1]
-        return law.expand(torch.Size((*draws, recording.num_trials))).sample()
-
-
-def _event_dim(model: LatentModel, recording: Recording, site: str) -> int:
-    with random_stream(0), torch.no_grad():
-        trace = poutine.trace(model.sample_globals).get_trace(recording)
-    return trace.nodes[site]["value"].dim()
+        drawn = LocalDensity(model, globals_given(model, values, recording), recording).prior(1)
+    return {name: value.squeeze(0) for name, value in drawn.items()}

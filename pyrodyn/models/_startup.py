@@ -26,6 +26,7 @@ class LinearStart(NamedTuple):
 
 
 _STARTS: WeakKeyDictionary[Recording, dict[tuple[int, Readout], LinearStart]] = WeakKeyDictionary()
+_STATIC: WeakKeyDictionary[Recording, dict[tuple[int, Readout], LinearStart]] = WeakKeyDictionary()
 
 
 def linear_start(recording: Recording, latent_dim: int, readout: Readout) -> LinearStart:
@@ -42,16 +43,56 @@ def linear_start(recording: Recording, latent_dim: int, readout: Readout) -> Lin
     return known[latent_dim, readout]
 
 
-def _estimate(recording: Recording, latent_dim: int, readout: Readout) -> LinearStart:
-    if recording.observations is None or recording.num_bins < 2:
-        loading = torch.eye(recording.num_units, latent_dim, dtype=torch.float64)
-        dynamics = 0.5 * torch.eye(latent_dim, dtype=torch.float64)
-        ones = torch.ones(recording.num_units, dtype=torch.float64)
-        return LinearStart(dynamics, loading, ones, tuple(range(latent_dim)))
+def static_start(recording: Recording, latent_dim: int, readout: Readout) -> LinearStart:
+    """Subspace and pivot units from the covariance within bins, with equal noise in all units and no dynamics.
+
+    Reference: Tipping & Bishop, J. R. Stat. Soc. B 61:611 (1999), the maximum of the likelihood in closed form.
+    """
+    known = _STATIC.setdefault(recording, {})
+    if (latent_dim, readout) not in known:
+        known[latent_dim, readout] = _principal(recording, latent_dim, readout)
+    return known[latent_dim, readout]
+
+
+def _principal(recording: Recording, latent_dim: int, readout: Readout) -> LinearStart:
+    if recording.observations is None:
+        return _blank(recording, latent_dim)
+    values, seen = _centred(recording, readout)
+    power, basis = np.linalg.eigh(_covariance(values, seen, 0))
+    power, basis = power[::-1].clip(1e-9), basis[:, ::-1]
+    noise = power[latent_dim:].mean() if latent_dim < len(power) else 0.1 * power[-1]
+    loading = basis[:, :latent_dim] * (power[:latent_dim] - noise).clip(1e-3 * power[0]) ** 0.5
+    residual = np.full(len(power), noise / power.mean()).clip(0.02, 1.0)
+    dynamics = torch.zeros(latent_dim, latent_dim, dtype=torch.float64)
+    loading = np.ascontiguousarray(loading)
+    return LinearStart(dynamics, torch.from_numpy(loading), torch.from_numpy(residual), _pivots(loading))
+
+
+def _blank(recording: Recording, latent_dim: int) -> LinearStart:
+    loading = torch.eye(recording.num_units, latent_dim, dtype=torch.float64)
+    dynamics = 0.5 * torch.eye(latent_dim, dtype=torch.float64)
+    ones = torch.ones(recording.num_units, dtype=torch.float64)
+    return LinearStart(dynamics, loading, ones, tuple(range(latent_dim)))
+
+
+def _centred(recording: Recording, readout: Readout) -> tuple[np.ndarray, np.ndarray]:
+    """Linearised observations about each unit's mean, zero where hidden, and the mask."""
     values = readout.linearise(recording).cpu().numpy()
     seen = np.ones(values.shape, bool) if recording.mask is None else recording.mask.cpu().numpy()
     values = np.where(seen, values, 0.0)
-    values = np.where(seen, values - values.sum((0, 1)) / np.maximum(seen.sum((0, 1)), 1), 0.0)
+    return np.where(seen, values - values.sum((0, 1)) / np.maximum(seen.sum((0, 1)), 1), 0.0), seen
+
+
+def _pivots(loading: np.ndarray) -> tuple[int, ...]:
+    """The units whose loadings span the latent space best."""
+    _, _, order = scipy.linalg.qr(loading.T, pivoting=True, mode="economic")
+    return tuple(int(unit) for unit in order[: loading.shape[1]])
+
+
+def _estimate(recording: Recording, latent_dim: int, readout: Readout) -> LinearStart:
+    if recording.observations is None or recording.num_bins < 2:
+        return _blank(recording, latent_dim)
+    values, seen = _centred(recording, readout)
     same, lagged = _covariance(values, seen, 0), _covariance(values, seen, 1)
 
     power, basis = np.linalg.eigh(0.5 * (lagged + lagged.T))
@@ -67,10 +108,10 @@ def _estimate(recording: Recording, latent_dim: int, readout: Readout) -> Linear
     left, gains, right = np.linalg.svd(inverse @ basis.T @ lagged @ basis @ inverse)
     dynamics = (left * gains.clip(0.05, MAX_PERSISTENCE)) @ right
     loading = basis @ root
-    _, _, order = scipy.linalg.qr(loading.T, pivoting=True, mode="economic")
-    pivots = tuple(int(unit) for unit in order[:latent_dim])
     residual = (noise / variance).clip(0.02, 1.0)
-    return LinearStart(torch.from_numpy(dynamics), torch.from_numpy(loading), torch.from_numpy(residual), pivots)
+    return LinearStart(
+        torch.from_numpy(dynamics), torch.from_numpy(loading), torch.from_numpy(residual), _pivots(loading)
+    )
 
 
 def _covariance(values: np.ndarray, seen: np.ndarray, lag: int) -> np.ndarray:
