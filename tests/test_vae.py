@@ -109,7 +109,7 @@ def irregular(bins: int = 7) -> Recording:
     return Recording.from_arrays(rng.normal(size=(3, bins, 4)), time=time, condition=["a", "b", "a"], counts=False)
 
 
-@pytest.mark.parametrize("time", [models.Markov(), models.Smooth(), models.Independent()])
+@pytest.mark.parametrize("time", [models.MarkovPrior(), models.SmoothPrior(), models.StaticPrior()])
 @pytest.mark.parametrize("conditions", [(), ("a", "b")])
 @pytest.mark.parametrize("regular", [True, False])
 def test_paths_are_the_gaussian_process_that_they_claim_to_be(time, conditions, regular):
@@ -120,7 +120,7 @@ def test_paths_are_the_gaussian_process_that_they_claim_to_be(time, conditions, 
     values = zoo.prior_draws(model, recording, (2,))
     parameters = globals_given(model, values, recording)
     law = model.latent_path(parameters, recording)
-    assert isinstance(law, GaussianProcess if isinstance(time, models.Smooth) else GaussMarkov)
+    assert isinstance(law, GaussianProcess if isinstance(time, models.SmoothPrior) else GaussMarkov)
     path = law.expand((2, 3)).sample()
     found = law.log_prob(path)
     apart = np.abs(recording.time[:, None] - recording.time)
@@ -128,11 +128,11 @@ def test_paths_are_the_gaussian_process_that_they_claim_to_be(time, conditions, 
         for i in range(3):
             total = 0.0
             for k in range(2):
-                if isinstance(time, models.Independent):
+                if isinstance(time, models.StaticPrior):
                     correlation = np.eye(7)
                 else:
                     ratio = apart / float(parameters.time_constant[s, 0, k])
-                    smooth = isinstance(time, models.Smooth)
+                    smooth = isinstance(time, models.SmoothPrior)
                     correlation = np.exp(-0.5 * ratio**2) + 1e-6 * np.eye(7) if smooth else np.exp(-ratio)
                 which = "ab".index(str(recording.condition[i]))
                 mean = float(parameters.condition_mean[s, 0, which, k]) if conditions else 0.0
@@ -201,7 +201,7 @@ def test_conditions_that_the_model_does_not_know_are_named():
     [
         ({"hidden": (3, 3, 3)}, "at most two layers"),
         ({"conditions": ("a",)}, "at least two different names"),
-        ({"time": None}, "time must be Independent"),
+        ({"time": None}, "time must be StaticPrior"),
         ({"latent_dim": 0}, "latent_dim must be"),
     ],
 )
@@ -220,7 +220,7 @@ def test_the_linear_static_start_is_probabilistic_pca():
 
 def test_a_posterior_of_the_network_is_read_trial_by_trial():
     """What the encoder says of one trial does not depend on the others."""
-    model = models.VAE(2, hidden=(5,), time=models.Markov())
+    model = models.VAE(2, hidden=(5,), time=models.MarkovPrior())
     like = zoo.blank(trials=6, bins=8)
     recording = dyn.simulate(model, like, seed=0, values={"offset": torch.full((4,), 0.5)})[0]
     with random_stream(0), double_precision():

@@ -246,7 +246,7 @@ MODELS += (
     ),
     Row(
         "VAE-Poisson-smooth-conditions-ragged",
-        models.VAE(2, hidden=(3,), time=models.Smooth(), conditions=("a", "b")),
+        models.VAE(2, hidden=(3,), time=models.SmoothPrior(), conditions=("a", "b")),
         lambda: blank(lengths=[9, 4, 1], conditions=("a", "b")),
         UNITS,
         lambda model, local, seed: {"latent": local["latent"] @ model.symmetry(seed)[0].mT},

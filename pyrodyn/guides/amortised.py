@@ -194,9 +194,11 @@ def _strictly_lower(entries: Tensor, size: int) -> Tensor:
 
 def recognised(model: Program, recording: Recording) -> bool:
     """Whether there is a recognition network for what is latent in trials: the model's own, or that of its path."""
-    if isinstance(model, Recognised) or not isinstance(model, StateSpaceModel):
-        return isinstance(model, LatentModel) and not isinstance(model, IntegratedModel)
-    return isinstance(_path_law(model, recording), GaussMarkov | GaussianProcess | NonlinearMarkov)
+    if isinstance(model, IntegratedModel) or not isinstance(model, LatentModel):
+        return False
+    if isinstance(model, StateSpaceModel) and not isinstance(model, Recognised):
+        return isinstance(_path_law(model, recording), GaussMarkov | GaussianProcess | NonlinearMarkov)
+    return bool(_local_sites(model, recording))
 
 
 def _path_law(model: StateSpaceModel, recording: Recording) -> Any:

@@ -93,7 +93,7 @@ class SVI:
         with random_stream(seed), double_precision(), pyro.settings.context(module_local_params=True):
             values = starting_values(program, recording, CLIMB, "SVI: start")
             factory: Any = self.guide
-            if factory is None and not collapses(program, recording) and recognised(program, recording):
+            if self._amortises(program, recording):
                 factory = Amortised()
             treatment = getattr(factory, "treatment", None)
             treated = program
@@ -136,6 +136,11 @@ class SVI:
             history=run.history,
             notes=notes,
         )
+
+    def _amortises(self, program: Program, recording: Recording) -> bool:
+        """Whether a recognition network is the guide because the user asked for nothing else."""
+        asked = self.guide is not None or self.collapse is not None
+        return not asked and not collapses(program, recording) and recognised(program, recording)
 
     def _build(
         self, factory: Any, program: Program, treated: Program, recording: Recording, values: dict[str, Tensor]

@@ -3,10 +3,21 @@
 from pyrodyn.models.hmm import HMM
 from pyrodyn.models.latent_rnn import LatentRNN
 from pyrodyn.models.lds import LDS
-from pyrodyn.models.linear_sde import LinearSDE
 from pyrodyn.models.lfads import LFADS
+from pyrodyn.models.linear_sde import LinearSDE
 from pyrodyn.models.multi_region_lds import MultiRegionLDS
-from pyrodyn.models.time_priors import Independent, Markov, Smooth
+from pyrodyn.models.time_priors import MarkovPrior, SmoothPrior, StaticPrior
 from pyrodyn.models.vae import VAE
 
-__all__ = ["HMM", "Independent", "LDS", "LFADS", "LatentRNN", "LinearSDE", "Markov", "MultiRegionLDS", "Smooth", "VAE"]
+__all__ = [
+    "HMM",
+    "LDS",
+    "LFADS",
+    "VAE",
+    "LatentRNN",
+    "LinearSDE",
+    "MarkovPrior",
+    "MultiRegionLDS",
+    "SmoothPrior",
+    "StaticPrior",
+]

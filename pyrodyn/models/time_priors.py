@@ -47,7 +47,7 @@ class TimePrior(ABC):
 
 
 @dataclass(frozen=True)
-class Independent(TimePrior):
+class StaticPrior(TimePrior):
     """Every bin by itself: a static model, in which neither the order of bins nor their spacing means anything."""
 
     has_time_constant = False
@@ -58,7 +58,7 @@ class Independent(TimePrior):
 
 
 @dataclass(frozen=True)
-class Markov(TimePrior):
+class MarkovPrior(TimePrior):
     r"""Ornstein-Uhlenbeck processes: correlation :math:`e^{-|t - t'| / \tau}`, each latent with its own constant."""
 
     def law(self, time_constant: Any, mean, sd, recording) -> GaussMarkov:
@@ -70,7 +70,7 @@ class Markov(TimePrior):
 
 
 @dataclass(frozen=True)
-class Smooth(TimePrior):
+class SmoothPrior(TimePrior):
     r"""Gaussian processes with correlation :math:`e^{-(t - t')^2 / 2 \tau^2}`, each latent with its own constant.
 
     Dense matrices over time: for trials of up to some hundred bins.

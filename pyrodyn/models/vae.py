@@ -17,7 +17,7 @@ from pyrodyn.distributions import GaugedLoading
 from pyrodyn.distributions.loading import gauge_fix
 from pyrodyn.errors import ModelError
 from pyrodyn.models._startup import linear_start, static_start
-from pyrodyn.models.time_priors import Independent, TimePrior
+from pyrodyn.models.time_priors import StaticPrior, TimePrior
 from pyrodyn.networks.layers import prior_sd, product, sample_weight, start_weight
 from pyrodyn.program import Labelled, StateSpaceModel
 from pyrodyn.readouts import AffineReadout, NetworkReadout, Poisson, Readout
@@ -48,7 +48,7 @@ class VAE(StateSpaceModel):
         \eta_{i,t} &= C\,h(x_{i,t}) + d, \qquad y_{i,t,n} \sim p(\cdot \mid \eta_{i,t,n}),
 
     with h a network of up to two hidden layers with tanh units, or nothing: then the model is linear and, where its law
-    over time is a chain, every engine can integrate the path out. With `Independent` bins and a Gaussian readout that
+    over time is a chain, every engine can integrate the path out. With a `StaticPrior` and a Gaussian readout that
     is factor analysis, and probabilistic PCA where all units have the same noise.
 
     **Conditions.** With ``conditions`` given, mean and scale of the latents depend on the condition of the trial.
@@ -63,7 +63,7 @@ class VAE(StateSpaceModel):
     hidden : tuple of int
         Units of the hidden layers of the decoder: none, one or two; 30 and 30 by default.
     time : TimePrior
-        `Independent` bins by default, `Markov` or `Smooth`.
+        `StaticPrior` by default, `MarkovPrior` or `SmoothPrior`.
     conditions : tuple of str
         Names of the conditions that have laws of their own.
     readout : Readout
@@ -75,7 +75,7 @@ class VAE(StateSpaceModel):
 
     latent_dim: int
     hidden: tuple[int, ...] = (30, 30)
-    time: TimePrior = field(default_factory=Independent)
+    time: TimePrior = field(default_factory=StaticPrior)
     conditions: tuple[str, ...] = ()
     readout: Readout = field(default_factory=Poisson)
 
@@ -87,7 +87,9 @@ class VAE(StateSpaceModel):
         if len(self.hidden) > 2 or not all(isinstance(size, int) and size > 0 for size in self.hidden):
             raise ModelError(f"hidden must hold the sizes of at most two layers, such as (30,), got {self.hidden!r}")
         if not isinstance(self.time, TimePrior):
-            raise ModelError(f"time must be Independent(), Markov() or Smooth() of pyrodyn.models, got {self.time!r}")
+            raise ModelError(
+                f"time must be StaticPrior(), MarkovPrior() or SmoothPrior() of pyrodyn.models, got {self.time!r}"
+            )
         if len(set(self.conditions)) != len(self.conditions) or len(self.conditions) == 1:
             raise ModelError(f"conditions must be at least two different names, or none, got {self.conditions!r}")
         if not isinstance(self.readout, Readout):
