@@ -11,7 +11,18 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pyrodyn import comparison, evaluation, guides, inference, models, readers, readouts, systems
+    from pyrodyn import (
+        comparison,
+        drifts,
+        evaluation,
+        guides,
+        inference,
+        integrators,
+        models,
+        readers,
+        readouts,
+        systems,
+    )
     from pyrodyn.calibration import calibrate
     from pyrodyn.checks import check, posterior_predictive, prior_predictive
     from pyrodyn.comparison import ComparisonWarning, compare, select
@@ -43,6 +54,7 @@ __all__ = [
     "compare_edges",
     "comparison",
     "coupling_graph",
+    "drifts",
     "edges_into",
     "evaluation",
     "fit",
@@ -50,6 +62,7 @@ __all__ = [
     "guides",
     "hypotheses",
     "inference",
+    "integrators",
     "intervene",
     "load",
     "model_of",

@@ -31,6 +31,10 @@ class NonFiniteError(ArithmeticError):
     """A loss or a density stayed NaN or infinite; the message names the step and the site."""
 
 
+class SolverError(ArithmeticError):
+    """A differential equation could not be solved; the message names the trial and the time."""
+
+
 class PrecisionError(TypeError):
     """Numbers too coarse for the computation: it would be wrong, and nothing would show it."""
 

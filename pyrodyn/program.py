@@ -231,6 +231,15 @@ class Recognised(Protocol):
         ...
 
 
+@runtime_checkable
+class DrawsLocal(Protocol):
+    """A model that draws the sites of its trials by itself, given observations and parameters."""
+
+    def draw_local(self, parameters: Any, recording: Recording) -> dict[str, Tensor]:
+        """The sites of the trials, each (*draw, trial, *event)."""
+        ...
+
+
 def trial_plate(recording: Recording) -> pyro.plate:
     """The one plate of the zoo; it is the rightmost batch dimension."""
     return pyro.plate("trial", recording.num_trials, dim=-1)

@@ -1,5 +1,7 @@
 """Whole trajectories, gauged matrices, and networks of dynamics, as single random variables."""
 
+from pyrodyn.distributions.affine_subspace import SubspaceNormal
+from pyrodyn.distributions.euler_maruyama import EulerMaruyama
 from pyrodyn.distributions.gauss_markov import GaussMarkov
 from pyrodyn.distributions.gaussian_process import GaussianProcess
 from pyrodyn.distributions.horseshoe import HorseshoeNetwork
@@ -11,6 +13,7 @@ from pyrodyn.distributions.transition import Transition
 from pyrodyn.distributions.varying import varying_chain
 
 __all__ = [
+    "EulerMaruyama",
     "GaugedLoading",
     "GaussMarkov",
     "GaussianProcess",
@@ -21,6 +24,7 @@ __all__ = [
     "Pool",
     "PoolPrior",
     "Recurrence",
+    "SubspaceNormal",
     "Transition",
     "network_layout",
     "varying_chain",

@@ -12,8 +12,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pyrodyn.errors import ModelError
-from pyrodyn.evaluation._slopes import expanded
 from pyrodyn.inference.engine import double_precision
+from pyrodyn.linalg.slopes import expanded
 from pyrodyn.posterior import model_of, parameters_of
 
 MAX_STEPS = 200

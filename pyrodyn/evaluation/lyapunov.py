@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyrodyn.evaluation._slopes import expanded
 from pyrodyn.integrators import rk4_step
+from pyrodyn.linalg.slopes import expanded
 
 
 class Lyapunov(NamedTuple):

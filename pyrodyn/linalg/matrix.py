@@ -90,3 +90,17 @@ def square_roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
     that neural data show; the divided differences used here do not.
     """
     return _SquareRoots.apply(matrix)
+
+
+def strictly_lower(entries: Tensor, dim: int) -> Tensor:
+    """The matrix (*batch, dim, dim) with entries (*batch, dim (dim - 1) / 2) below its diagonal, row by row."""
+    rows, columns = torch.tril_indices(dim, dim, -1)
+    places = (rows * dim + columns).to(entries.device)
+    flat = torch.zeros(*entries.shape[:-1], dim * dim, dtype=entries.dtype, device=entries.device)
+    return flat.index_copy(-1, places, entries).unflatten(-1, (dim, dim))
+
+
+def below_diagonal(matrix: Tensor) -> Tensor:
+    """The entries (*batch, dim (dim - 1) / 2) below a diagonal; the inverse of `strictly_lower`."""
+    rows, columns = torch.tril_indices(matrix.shape[-1], matrix.shape[-1], -1)
+    return matrix[..., rows, columns]

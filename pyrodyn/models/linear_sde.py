@@ -15,6 +15,7 @@ from torch import Tensor
 from pyrodyn.distributions import GaugedLoading, GaussMarkov, varying_chain
 from pyrodyn.distributions.loading import gauge_fix
 from pyrodyn.errors import ModelError
+from pyrodyn.linalg.matrix import below_diagonal, strictly_lower
 from pyrodyn.models._startup import linear_start
 from pyrodyn.program import Labelled, StateSpaceModel
 from pyrodyn.readouts import AffineReadout, Poisson, Readout
@@ -97,7 +98,8 @@ class LinearSDE(StateSpaceModel):
         drift = -relaxation @ relaxation.mT / dim
         if dim > 1:
             turns = dist.Normal(zero.expand(dim * (dim - 1) // 2), TURNING).to_event(1)
-            drift = drift + antisymmetric(pyro.sample("turning", turns), dim)
+            turning = strictly_lower(pyro.sample("turning", turns), dim)
+            drift = drift + turning - turning.mT
         weights = pyro.sample("weights", GaugedLoading(units, dim, self.pivots(recording)))
         offset = self.readout.sample_offset(recording)
         noise = self.readout.sample_noise(recording)
@@ -149,8 +151,7 @@ class LinearSDE(StateSpaceModel):
         relaxation = torch.linalg.cholesky(-0.5 * dim * (drift + drift.mT))
         values = {"relaxation": relaxation, "weights": weights}
         if dim > 1:
-            rows, columns = torch.tril_indices(dim, dim, -1)
-            values["turning"] = 0.5 * (drift - drift.mT)[rows, columns]
+            values["turning"] = below_diagonal(0.5 * (drift - drift.mT))
         if recording.observations is not None:
             values |= self.readout.initial_values(recording)
             if "noise_sd" in values:
@@ -219,15 +220,6 @@ class LinearSDE(StateSpaceModel):
 
     def _loading_scale(self, recording: Recording) -> Tensor:
         return (self.readout.signal_scale(recording) / math.sqrt(self.latent_dim)).unsqueeze(-1)
-
-
-def antisymmetric(entries: Tensor, dim: int) -> Tensor:
-    """The antisymmetric matrix (*batch, dim, dim) with these entries (*batch, dim (dim - 1) / 2) below its diagonal."""
-    rows, columns = torch.tril_indices(dim, dim, -1)
-    places = rows * dim + columns
-    below = torch.zeros(*entries.shape[:-1], dim * dim, dtype=entries.dtype, device=entries.device)
-    lower = below.index_copy(-1, places.to(entries.device), entries).unflatten(-1, (dim, dim))
-    return lower - lower.mT
 
 
 def _held(drift: Tensor, moved: Tensor, gain: Tensor) -> Tensor:
