@@ -15,7 +15,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyrodyn import guides, inference, models, networks, readouts
+from pyrodyn import drifts, guides, inference, integrators, models, networks, readouts
 from pyrodyn.diagnostics import diagnose
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.errors import ModelError
@@ -23,7 +23,7 @@ from pyrodyn.inference import LocalInference, LogDensity, collapse, collapses
 from pyrodyn.inference.collapse import Collapsed
 from pyrodyn.inference.engine import Draws, Engine, double_precision, random_stream
 from pyrodyn.program import (
-    IntegratedModel,
+    DrawsLocal,
     Labelled,
     LatentModel,
     Program,
@@ -141,8 +141,8 @@ def engine_of(posterior: xr.DataTree) -> Engine:
 def build_model(spec: Any) -> LatentModel:
     """The model of a `specification`."""
     kinds = {name: getattr(models, name) for name in models.__all__}
-    kinds |= {name: getattr(readouts, name) for name in readouts.__all__}
-    kinds |= {name: getattr(networks, name) for name in networks.__all__}
+    for options in (readouts, networks, drifts, integrators):
+        kinds |= {name: getattr(options, name) for name in options.__all__}
     return _build(spec, kinds)
 
 
@@ -218,7 +218,7 @@ def draw_local(model: LatentModel, parameters: Any, recording: Recording, repeat
     ``repeats`` is how many are drawn for every draw of the parameters where these draws are approximate: of a point
     estimate there is but one.
     """
-    if isinstance(model, IntegratedModel):
+    if isinstance(model, DrawsLocal):
         return model.draw_local(parameters, recording)
     if collapses(model, recording):
         return {"latent": collapse(model).path_posterior(parameters, recording).sample()}

@@ -20,7 +20,8 @@ from pyro import poutine
 from torch import Tensor
 
 import pyrodyn as dyn
-from pyrodyn import guides, inference, models, networks, readouts
+from pyrodyn import drifts, guides, inference, models, networks, readouts
+from pyrodyn.diffusion import DiffusionModel
 from pyrodyn.inference.engine import Engine, double_precision, random_stream
 from pyrodyn.inference.local import LocalDensity
 from pyrodyn.program import IntegratedModel, LatentModel, StateSpaceModel, globals_given
@@ -260,6 +261,32 @@ MODELS += (
     ),
 )
 
+ORDER = "another order of the latents and other signs"
+
+
+def _reordered(name: str) -> Callable[[Any, dict[str, Tensor], int], dict[str, Tensor]]:
+    return lambda model, local, seed: {name: local[name] @ model.symmetry(seed).mT}
+
+
+MODELS += (
+    Row(
+        "NeuralSDE-Gaussian-process-irregular-missing",
+        models.NeuralSDE(2, readouts.Gaussian(), drifts.GaussianProcess(functions=3)),
+        lambda: blank(counts=False, irregular=True, missing=0.2),
+        ORDER,
+        _reordered("latent"),
+        structured=False,
+    ),
+    Row(
+        "NeuralSDE-Poisson-MLP-ragged",
+        models.NeuralSDE(2, drift=drifts.MLP(hidden=3, layers=2), time_constant=2.0, steps_per_bin=2),
+        lambda: blank(lengths=[9, 4, 1]),
+        ORDER,
+        _reordered("latent"),
+        structured=False,
+    ),
+)
+
 READOUTS: tuple[readouts.Readout, ...] = (
     readouts.Gaussian(),
     readouts.Poisson(),
@@ -278,6 +305,7 @@ ENGINES: dict[str, Engine] = {
     "HMC-path": inference.HMC(draws=4, warmup=6, chains=4, superchains=2, collapse=False),
     "NUTS": inference.NUTS(draws=4, warmup=3, chains=2, max_tree_depth=2),
     "NUTS-path": inference.NUTS(draws=4, warmup=3, chains=1, max_tree_depth=2, collapse=False),
+    "NaturalGradient": inference.NaturalGradient(rounds=3, draws=30, rest=2),
 }
 
 # Every guide on the collapsed program, on the program with its path, and as the globals' part of the structured guide.
@@ -287,11 +315,13 @@ GUIDES: tuple[guides.GuideFactory, ...] = (guides.FullRank(), guides.MeanField()
 def applies(engine: Engine, row: Row) -> bool:
     """Whether an engine takes a model.
 
-    `inference.Gibbs` takes those that declare their conditionals, `inference.Laplace` those without anything latent in
-    trials left, and an engine that samples paths those with a path.
+    `inference.Gibbs` takes those that declare their conditionals, `inference.NaturalGradient` diffusions,
+    `inference.Laplace` those without anything latent in trials left, an engine that samples paths those with a path.
     """
     if isinstance(engine, inference.Gibbs):
         return hasattr(row.model, "conditionals")
+    if isinstance(engine, inference.NaturalGradient):
+        return isinstance(row.model, DiffusionModel)
     if isinstance(engine, inference.Laplace):
         return row.integrated
     if isinstance(getattr(engine, "guide", None), guides.Structured) and not row.structured:

@@ -6,6 +6,7 @@ from pyrodyn.inference.gibbs import Gibbs
 from pyrodyn.inference.hmc import HMC
 from pyrodyn.inference.laplace import Laplace
 from pyrodyn.inference.local import LocalInference
+from pyrodyn.inference.natural import NaturalGradient
 from pyrodyn.inference.nuts import NUTS
 from pyrodyn.inference.svi import SVI
 from pyrodyn.inference.training import Constant, Cosine, EarlyStopping, Training
@@ -21,6 +22,7 @@ __all__ = [
     "Laplace",
     "LocalInference",
     "LogDensity",
+    "NaturalGradient",
     "Training",
     "collapse",
     "collapses",

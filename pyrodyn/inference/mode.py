@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from pyrodyn.errors import NonFiniteError
-from pyrodyn.inference.density import LogDensity
 from pyrodyn.progress import progress
 
 STEP = 1e-4  # of the central differences, in unconstrained coordinates, whose posterior sds are of order .01 to 1
@@ -16,9 +17,19 @@ FLAT = 1e-5  # largest entry of the gradient at which there is nowhere to climb
 TRIALS = 30  # steps tried in one line search
 
 
-def ascend(
-    density: LogDensity, start: Tensor, max_steps: int, label: str, tolerance: float = 1e-13
-) -> tuple[Tensor, Tensor]:
+class Hill(Protocol):
+    """What is climbed: a `LogDensity`, or another function of a vector."""
+
+    def gradient(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """Value (*draw) and gradient (*draw, dimension); a failed element is -inf with a zero gradient."""
+        ...
+
+    def culprit(self, vector: Tensor) -> str:
+        """The site at which it is not finite."""
+        ...
+
+
+def ascend(density: Hill, start: Tensor, max_steps: int, label: str, tolerance: float = 1e-13) -> tuple[Tensor, Tensor]:
     """Climb to the mode by L-BFGS from ``start``; returns the vectors and whether each converged.
 
     ``start`` is (*replicate, dimension): each replicate has its own curvature, its own line search and stops by itself,
@@ -77,7 +88,7 @@ def _direction(slope: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> Ten
 
 
 def _search(
-    density: LogDensity, place: Tensor, value: Tensor, step: Tensor, gain: Tensor, size: Tensor
+    density: Hill, place: Tensor, value: Tensor, step: Tensor, gain: Tensor, size: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Bisect every replicate's step until the weak conditions of Wolfe hold; a size of zero where none goes up."""
     lower, upper = torch.zeros_like(size), torch.full_like(size, torch.inf)
@@ -98,7 +109,7 @@ def _search(
     return size, (ahead, *density.gradient(ahead))
 
 
-def negative_hessian(density: LogDensity, vector: Tensor, label: str, chunk: int = 64) -> Tensor:
+def negative_hessian(density: Hill, vector: Tensor, label: str, chunk: int = 64) -> Tensor:
     """Minus the Hessian of the log density by central differences of its gradient.
 
     ``vector`` is (dimension,), or (replicate, 1, dimension); the result (dimension, dimension) with the replicates.

@@ -6,6 +6,7 @@ from pyrodyn.models.lds import LDS
 from pyrodyn.models.lfads import LFADS
 from pyrodyn.models.linear_sde import LinearSDE
 from pyrodyn.models.multi_region_lds import MultiRegionLDS
+from pyrodyn.models.neural_sde import NeuralSDE
 from pyrodyn.models.time_priors import MarkovPrior, SmoothPrior, StaticPrior
 from pyrodyn.models.vae import VAE
 
@@ -13,11 +14,12 @@ __all__ = [
     "HMM",
     "LDS",
     "LFADS",
-    "VAE",
     "LatentRNN",
     "LinearSDE",
     "MarkovPrior",
     "MultiRegionLDS",
+    "NeuralSDE",
     "SmoothPrior",
     "StaticPrior",
+    "VAE",
 ]
