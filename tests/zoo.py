@@ -20,7 +20,7 @@ from pyro import poutine
 from torch import Tensor
 
 import pyrodyn as dyn
-from pyrodyn import drifts, guides, inference, models, networks, readouts
+from pyrodyn import drifts, guides, inference, integrators, models, networks, readouts
 from pyrodyn.diffusion import DiffusionModel
 from pyrodyn.inference.engine import Engine, double_precision, random_stream
 from pyrodyn.inference.local import LocalDensity
@@ -283,6 +283,22 @@ MODELS += (
         lambda: blank(lengths=[9, 4, 1]),
         ORDER,
         _reordered("latent"),
+        structured=False,
+    ),
+    Row(
+        "NeuralODE-Poisson-irregular-missing",
+        models.NeuralODE(2, drift=drifts.MLP(hidden=3), time_constant=10.0),
+        lambda: blank(irregular=True, missing=0.2),
+        ORDER,
+        _reordered("initial_state"),
+        structured=False,
+    ),
+    Row(
+        "NeuralODE-Gaussian-short-steps-one-latent",
+        models.NeuralODE(1, readouts.Gaussian(), drifts.Linear(), integrator=integrators.FixedStep(bins=0.4)),
+        lambda: blank(counts=False),
+        ORDER,
+        _reordered("initial_state"),
         structured=False,
     ),
 )

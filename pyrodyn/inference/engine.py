@@ -16,6 +16,7 @@ from pyrodyn.checkpoint import StateStore
 from pyrodyn.errors import ModelError
 from pyrodyn.inference.collapse import Collapsed, collapse, collapses
 from pyrodyn.inference.density import LogDensity
+from pyrodyn.inference.flow_start import NoiselessFlow, flow_start
 from pyrodyn.inference.mode import ascend
 from pyrodyn.inference.whitening import Whitened, whiten
 from pyrodyn.program import IntegratedModel, LatentModel, Program, globals_given
@@ -87,10 +88,16 @@ class RefittingEngine(Protocol):
 
 
 def starting_values(program: Program, recording: Recording, max_steps: int, label: str) -> dict[str, Tensor]:
-    """Values of the globals near the posterior mode; the model's own guess where the path does not collapse."""
+    """Values of the globals near the posterior mode; the model's own guess where the path does not collapse.
+
+    Of a flow without noise, values of all sites, by way of the same flow with noise.
+    """
     model = program.model if isinstance(program, Collapsed) else program
     if not isinstance(model, LatentModel):
         return {}
+    if isinstance(model, NoiselessFlow) and max_steps:
+        linear = starting_values(model.relative().linear_relative(), recording, max_steps, label)
+        return flow_start(model, recording, linear, max_steps, label)
     values = model.initial_values(recording)
     if max_steps == 0 or not collapses(program, recording):
         return values

@@ -6,6 +6,7 @@ from pyrodyn.models.lds import LDS
 from pyrodyn.models.lfads import LFADS
 from pyrodyn.models.linear_sde import LinearSDE
 from pyrodyn.models.multi_region_lds import MultiRegionLDS
+from pyrodyn.models.neural_ode import NeuralODE
 from pyrodyn.models.neural_sde import NeuralSDE
 from pyrodyn.models.time_priors import MarkovPrior, SmoothPrior, StaticPrior
 from pyrodyn.models.vae import VAE
@@ -18,6 +19,7 @@ __all__ = [
     "LinearSDE",
     "MarkovPrior",
     "MultiRegionLDS",
+    "NeuralODE",
     "NeuralSDE",
     "SmoothPrior",
     "StaticPrior",
