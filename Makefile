@@ -37,7 +37,7 @@ demo: $(INSTALLED)  ## fit real recordings under two engines and draw the result
 	$(BIN)/pyrodyn demo
 
 test: $(INSTALLED)  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 check: $(INSTALLED)  ## lint, formatting, types
 	$(BIN)/ruff check .
