@@ -27,6 +27,7 @@ ROW = zoo.row("LDS-Gaussian")
 ROWS = {
     "Gibbs": zoo.row("MultiRegionLDS-Poisson-inputs-one-edge"),
     "SVI-amortised": zoo.row("LFADS-Poisson-controller-inputs-missing"),
+    "NaturalGradient": zoo.row("NeuralSDE-Poisson-MLP-ragged"),
 }
 ENGINES = {
     "Gibbs": inference.Gibbs(draws=4, warmup=10, chains=2),
@@ -44,6 +45,7 @@ ENGINES = {
         ),
     ),
     "Laplace": inference.Laplace(draws=20, max_steps=20),
+    "NaturalGradient": inference.NaturalGradient(rounds=3, draws=20, rest=2),
     "HMC": inference.HMC(draws=4, warmup=20, chains=4, superchains=2),
     "HMC-path": inference.HMC(draws=2, warmup=5, chains=4, superchains=2, collapse=False, dense_mass=False),
     "NUTS": inference.NUTS(draws=3, warmup=22, chains=2, max_tree_depth=2),
@@ -58,6 +60,7 @@ KILLS = {
     "SVI-structured": (5,),
     "SVI-amortised": (1, 5, 11),
     "Laplace": (1, 2),
+    "NaturalGradient": (2,),
     # Before, at and after a new mass matrix, at the end of the warm-up, among the draws.
     "HMC": (1, 7, 8, 9, 19, 20, 21, 23),
     "HMC-path": (2, 6),
