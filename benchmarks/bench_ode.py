@@ -1,7 +1,7 @@
 """Time of a neural ODE's value and gradient: the fused Runge-Kutta scheme against torchdiffeq.
 
 Run `python benchmarks/bench_ode.py --table docs/tables/ode_speed.md`. A network with one hidden layer, 64 states of ten
-dimensions at 100 times; one core, median processor time of some runs; errors are against tolerances of 1e-10 in float64.
+dimensions at 100 times; one core, median processor time of some runs; errors are against tolerances of 1e-10.
 """
 
 from __future__ import annotations

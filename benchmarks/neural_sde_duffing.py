@@ -8,6 +8,7 @@ every draw is brought there by its own loading. Beside it, the smoother that kno
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def measure(seed: int, steps_per_bin: int, rounds: int) -> dict[str, Any]:
     sigma = (noise @ noise.mT).mean(0)
     return {
         "seconds": seconds,
-        "elbo": float(tree.attrs["elbo"]) if "elbo" in tree.attrs else float("nan"),
+        "elbo": json.loads(tree.attrs["notes"])["elbo"],
         "rmse": float((paths - true).square().mean().sqrt()),
         "informed": informed_rmse(system),
         "drift": float(error.square().mean().sqrt() / wanted.square().mean().sqrt()),
@@ -107,18 +108,47 @@ def measure(seed: int, steps_per_bin: int, rounds: int) -> dict[str, Any]:
     }
 
 
+HEAD = (
+    "| seed, steps a bin | seconds | path RMSE | informed smoother | ratio (bar 1.15) | drift RMSE over rms (bar .25) "
+    "| drift error over its own sd | wells missed by (bar .1) | noise, true .2 (bar 15%) | 90% bands cover (85 to 95%) "
+    "| bound, nats |"
+)
+
+
+def line(name: str, found: dict[str, Any]) -> str:
+    """One row of the table."""
+    wells, sigma = (", ".join(f"{value:.3f}" for value in found[key]) for key in ("wells", "sigma"))
+    ratio = found["rmse"] / found["informed"]
+    return (
+        f"| {name} | {found['seconds']:.0f} | {found['rmse']:.4f} | {found['informed']:.4f} | "
+        f"{ratio:.2f} | {found['drift']:.3f} | {found['drift_z']:.2f} | {wells} | {sigma} | "
+        f"{100 * found['coverage']:.1f}% | {found['elbo']:.1f} |"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--steps-per-bin", type=int, default=1)
     parser.add_argument("--table", type=Path)
     options = parser.parse_args()
-    rows = []
-    for seed in range(options.seeds):
-        found = measure(seed, options.steps_per_bin, options.rounds)
-        rows.append(found)
-        print(seed, found, flush=True)
+    text = [
+        "# A noisy Duffing oscillator seen in three bins of ten",
+        "",
+        f"Made by `python benchmarks/neural_sde_duffing.py --seeds {options.seeds} --table "
+        "docs/tables/neural_sde_duffing.md`.",
+        "",
+        "Four trials of 1,000 bins, ten units with noise of variance .1. Errors are in true coordinates; "
+        "the informed smoother knows drift, noise and readout. The last row has steps half as long as the first.",
+        "",
+        HEAD,
+        "|" + " --- |" * (HEAD.count("|") - 1),
+    ]
+    for seed, steps in [*((seed, 1) for seed in range(options.seeds)), (0, 2)]:
+        text.append(line(f"{seed}, {steps}", measure(seed, steps, options.rounds)))
+        print(text[-1], flush=True)
+    if options.table:
+        options.table.write_text("\n".join(text) + "\n")
 
 
 if __name__ == "__main__":

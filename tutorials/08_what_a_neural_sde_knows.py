@@ -67,7 +67,7 @@ fig.tight_layout()
 
 # %%
 model = models.NeuralSDE(2, readouts.Gaussian(), drifts.GaussianProcess(functions=9))
-engine = inference.NaturalGradient(rounds=25, draws=100)
+engine = inference.NaturalGradient(rounds=15, draws=100)
 posterior = dyn.fit(model, both.recording, engine, seed=0)
 posterior["latents"]
 
@@ -103,7 +103,7 @@ def show(ax, tree, system, title):
     draws = drift(GRID.reshape(-1, 2)).reshape(-1, *GRID.shape)
     spread = np.linalg.norm(draws.std(0), axis=-1)
     mean = draws.mean(0)
-    shown = ax.pcolormesh(GRID[..., 0], GRID[..., 1], spread, cmap="Greys", vmin=0.0, vmax=3.0, shading="gouraud")
+    shown = ax.pcolormesh(GRID[..., 0], GRID[..., 1], spread, cmap="Greys", vmin=0.0, vmax=1.2, shading="gouraud")
     ax.plot(*paths.reshape(-1, 2).T, ",", color="tab:blue", alpha=0.6)
     ax.quiver(GRID[..., 0], GRID[..., 1], mean[..., 0], mean[..., 1], color="tab:red", width=0.004)
     ax.plot([-(2**0.5), 0, 2**0.5], [0, 0, 0], "k*", ms=9)
@@ -159,8 +159,8 @@ show(axes[0], posterior, both, "two wells seen")
 fig.colorbar(show(axes[1], one_well, right, "one well seen"), ax=axes, label="sd of the drift")
 
 # %% [markdown]
-# The arrows on the left are drawn as boldly as ever: a mean field always has an opinion. The shade behind them says
-# that nobody was there. A flow field shown without it is half a result.
+# The arrows on the left are drawn as boldly as ever: a mean field always has an opinion. One path strayed round the
+# left well; inside of its loop nobody was, and the shade says so. A flow field shown without it is half a result.
 #
 # ## Exercise
 #
