@@ -4,6 +4,7 @@ from pyrodyn.comparison.evidence import Evidence
 from pyrodyn.comparison.folds import KFold
 from pyrodyn.comparison.future import LeaveFutureOut
 from pyrodyn.comparison.grid import select
+from pyrodyn.comparison.halving import tune
 from pyrodyn.comparison.heldout import HeldOutEntries, HeldOutUnits
 from pyrodyn.comparison.loo import LOO
 from pyrodyn.comparison.table import ComparisonWarning, as_table, compare
@@ -23,4 +24,5 @@ __all__ = [
     "as_table",
     "compare",
     "select",
+    "tune",
 ]

@@ -77,7 +77,7 @@ def select(
     CheckpointError
         Where ``folder`` holds a fit of another model, engine, seed or recording under the same name.
     """
-    points = _points(grid)
+    points = points_of(grid)
     engine = SVI() if engine is None else engine
     fitted = {name: model_factory(**point) for name, point in points.items()}
     for model in fitted.values():
@@ -92,10 +92,10 @@ def select(
     table = compare(posteriors, None, method, seed=seed, models=fitted)
     names = list(dict.fromkeys(name for point in points.values() for name in point))
     order = [str(name) for name in table["model"].values]
-    return table.assign_coords({n: ("model", _column([points[m].get(n) for m in order])) for n in names})
+    return table.assign_coords({n: ("model", column([points[m].get(n) for m in order])) for n in names})
 
 
-def _points(grid: Mapping[str, Iterable[Any]] | Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def points_of(grid: Mapping[str, Iterable[Any]] | Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Points by the name that says what they are."""
     if isinstance(grid, Mapping):
         values = [list(column) for column in grid.values()]
@@ -108,7 +108,7 @@ def _points(grid: Mapping[str, Iterable[Any]] | Sequence[Mapping[str, Any]]) -> 
     return named
 
 
-def _column(values: list[Any]) -> np.ndarray:
+def column(values: list[Any]) -> np.ndarray:
     """Numbers and strings as they are, all else in words."""
     if all(isinstance(value, (int, float, str)) for value in values):
         return np.array(values)
@@ -123,7 +123,7 @@ def _fit_all(
         raise ComparisonError(f"points of the grid share a file name: {sorted(path.name for path in paths.values())}")
     found = {name: load(path) for name, path in paths.items() if path.exists()}
     for name, posterior in found.items():
-        _check_stored(posterior, paths[name], fitted[name], recording, engine, seed)
+        check_stored(posterior, paths[name], fitted[name], recording, engine, seed)
     missing = [name for name in fitted if name not in found]
     if workers > 1:
         _fit_in_processes({n: fitted[n] for n in missing}, recording, engine, seed, paths, workers)
@@ -138,7 +138,7 @@ def _fit_all(
     return {name: found[name] for name in fitted}
 
 
-def _check_stored(
+def check_stored(
     posterior: xr.DataTree, path: Path, model: LatentModel, recording: Recording, engine: Engine, seed: int
 ) -> None:
     expected = {
