@@ -79,7 +79,8 @@ TEXT = """# Real sessions
 
 `PYRODYN_DATA=... python benchmarks/compare_real.py` (one core, float64) made this table: Steinmetz et al., Nature
 576:266 (2019). The busiest units of two regions in {trials} trials of 20 bins; two latents a region. LDS by `SVI`,
-regions by `Gibbs`, in short runs: R-hat says how short.
+regions by `Gibbs`, in short runs. R-hat near two, and k-hat above its bound in so many trials, say that these numbers
+are a first look and not a finding; `compare` warns of it.
 
 - *elpd*: PSIS-LOO over trials in nats, paths integrated out and corrected by particles; SE over trials.
 - *bits/spike*: each third of the units from the other two, in the trials of the fit; SE over trials.
