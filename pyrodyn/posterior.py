@@ -353,7 +353,7 @@ def _build(spec: Any, kinds: Mapping[str, Any]) -> Any:
                 "hand your own model over as predict(..., model=...)"
             )
         return kinds[spec["class"]](**{name: _build(value, kinds) for name, value in spec.items() if name != "class"})
-    return spec
+    return [_build(part, kinds) for part in spec] if isinstance(spec, list) else spec
 
 
 def name_of(something: Any) -> str:

@@ -111,6 +111,22 @@ def blank(
     ).blank()
 
 
+def mixed(missing: float = 0.0) -> Recording:
+    """A blank recording of counts in V1 and real-valued channels in V2, a unit of V1 standing last."""
+    order, mask = [0, 2, 3, 1], None
+    if missing:
+        mask = np.random.default_rng(0).random((3, 9, 4)) >= missing
+    return Recording.from_arrays(
+        np.zeros((3, 9, 4)),
+        bin_width=0.05,
+        counts=False,
+        center=np.array([0.2, 0.2, -3.0, 40.0])[order],
+        scale=np.array([1.0, 1.0, 0.5, 8.0])[order],
+        region=np.array(["V1", "V1", "V2", "V2"])[order],
+        mask=mask,
+    ).blank()
+
+
 ROTATION = "orthogonal changes of the latent coordinates"
 REGIONS = "orthogonal changes in each region, reflections of what is common, turns of the shared innovations"
 
@@ -300,6 +316,21 @@ MODELS += (
         ORDER,
         _reordered("initial_state"),
         structured=False,
+    ),
+)
+
+MODELS += (
+    Row(
+        "LDS-regions-of-counts-and-channels",
+        models.LDS(2, {"V1": readouts.Poisson(), "V2": readouts.Gaussian()}),
+        lambda: mixed(),
+        ROTATION,
+    ),
+    Row(
+        "MultiRegionLDS-regions-of-counts-and-channels-missing",
+        models.MultiRegionLDS(1, time_bumps=0, readout={"V1": readouts.Poisson(), "V2": readouts.Gaussian()}),
+        lambda: mixed(missing=0.2),
+        REGIONS,
     ),
 )
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from pyrodyn.linalg.matrix import cholesky
-from pyrodyn.readouts import Readout
+from pyrodyn.readouts import Law
 
 
 def draw_coefficients(
-    law: Readout,
+    law: Law,
     noise: Tensor | None,
     values: Tensor,
     seen: Tensor | None,
@@ -31,7 +31,7 @@ def draw_coefficients(
 
     Parameters
     ----------
-    law : Readout
+    law : Law
     noise : Tensor, (chain, 1, unit), or None
     values : Tensor, (chain or 1, bin, unit)
     seen : Tensor of bool, (bin, unit), or None
@@ -81,7 +81,7 @@ def draw_coefficients(
 
 
 def draw_noise(
-    law: Readout, prior: Any, noise: Tensor, values: Tensor, seen: Tensor | None, predictor: Tensor, step: Tensor
+    law: Law, prior: Any, noise: Tensor, values: Tensor, seen: Tensor | None, predictor: Tensor, step: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The law's own parameter (chain, unit) by a random walk of its logarithm; returns it and the acceptance."""
 

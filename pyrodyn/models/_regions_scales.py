@@ -164,7 +164,7 @@ def _weights(sweep: RegionSweep, state: State) -> list[Tensor]:
 
 def draw_units(sweep: RegionSweep, state: State, adapt: bool) -> None:
     path = state["path"].flatten(1, 2)
-    law, mask = sweep.model.readout, sweep.recording.mask
+    mask = sweep.recording.mask
     seen = None if mask is None else mask.flatten(0, 1)
     values = sweep.seen(state).flatten(1, 2)
     loading, offset = state["loading"].clone(), state["offset"].clone()
@@ -182,6 +182,7 @@ def draw_units(sweep: RegionSweep, state: State, adapt: bool) -> None:
             ],
             -1,
         )
+        law = sweep.readout.of_units(units)
         noise = state["noise"][:, None, units] if "noise" in state else None
         held, rate = draw_coefficients(
             law, noise, values[..., units], None if seen is None else seen[:, units], design, held, mean, precision
@@ -191,10 +192,12 @@ def draw_units(sweep: RegionSweep, state: State, adapt: bool) -> None:
     state["loading"], state["offset"] = loading, offset
     state["unit_acceptance"] = torch.cat(rates, -1)
     if "noise" in state:
-        predictor = path @ loading.mT + offset.unsqueeze(1)
+        own = sweep.noisy
+        law, noise = sweep.readout.of_units(own), state["noise"][:, own]
+        predictor = path @ loading[:, own].mT + offset[:, own].unsqueeze(1)
+        values, seen = values[..., own], None if seen is None else seen[:, own]
         for _ in range(NOISE_STEPS):
-            state["noise"], rate = draw_noise(
-                law, sweep.noise_prior, state["noise"], values, seen, predictor, state["noise_step"]
-            )
+            noise, rate = draw_noise(law, sweep.noise_prior, noise, values, seen, predictor, state["noise_step"])
             if adapt:
                 state["noise_step"] = state["noise_step"] * (0.3 * (rate - 0.44)).exp()
+        state["noise"] = state["noise"].index_copy(1, own, noise)

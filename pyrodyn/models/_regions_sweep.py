@@ -74,6 +74,7 @@ class RegionSweep:
         self.event_dims = {n: len(site["fn"].event_shape) for n, site in nodes.items() if site["type"] == "sample"}
         name = model.readout.noise_name
         self.noise_prior = None if name is None else nodes[name]["fn"].base_dist
+        self.readout, self.noisy = model.readout.bound(recording), model.readout.noisy(recording)
         self.bumps = model.num_bumps(recording)
         self.proposal = NetworkProposal(self.law.slab if isinstance(self.law, HorseshoeNetwork) else self.law)
         place_regressors(self)
@@ -114,7 +115,7 @@ class RegionSweep:
         shape = (groups * chains, self.recording.num_trials, self.recording.num_bins, self.layout.size)
         state["path"] = torch.zeros(shape, dtype=torch.float64)
         if "noise" in state:
-            state["noise_step"] = torch.full_like(state["noise"], 0.1)
+            state["noise_step"] = torch.full_like(state["noise"][:, self.noisy], 0.1)
         state["caution"] = torch.full((groups * chains,), CAUTION, dtype=torch.float64)
         scatter(self, state, Quadratic(*(part.repeat_interleave(chains, 0) for part in quadratic)))
         near = self.near(state, self.parameters(state))[1]
@@ -131,7 +132,7 @@ class RegionSweep:
             found["network"] = torch.cat([found["network"], state["edge_scales"]], -1)
         found |= {name: state[name] for name in ("signal_variance", "initial_variance", "offset")}
         if "noise" in state:
-            found[str(self.model.readout.noise_name)] = state["noise"]
+            found[str(self.model.readout.noise_name)] = state["noise"][:, self.noisy]
         if "input_gain" in state:
             found["drive"] = back[:, :regional, :regional] @ state["input_gain"] * self.recording.input_scale
         if self.bumps:

@@ -10,7 +10,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from pyrodyn.readouts import Readout
+from pyrodyn.readouts import PerRegion, Readout
 from pyrodyn.recording import Recording
 
 MAX_PERSISTENCE = 0.99  # largest singular value of the first guess of the dynamics; 1 would mean no process noise
@@ -25,11 +25,11 @@ class LinearStart(NamedTuple):
     pivots: tuple[int, ...]  # the units whose loadings span the latent space best
 
 
-_STARTS: WeakKeyDictionary[Recording, dict[tuple[int, Readout], LinearStart]] = WeakKeyDictionary()
-_STATIC: WeakKeyDictionary[Recording, dict[tuple[int, Readout], LinearStart]] = WeakKeyDictionary()
+_STARTS: WeakKeyDictionary[Recording, dict[tuple[int, Readout | PerRegion], LinearStart]] = WeakKeyDictionary()
+_STATIC: WeakKeyDictionary[Recording, dict[tuple[int, Readout | PerRegion], LinearStart]] = WeakKeyDictionary()
 
 
-def linear_start(recording: Recording, latent_dim: int, readout: Readout) -> LinearStart:
+def linear_start(recording: Recording, latent_dim: int, readout: Readout | PerRegion) -> LinearStart:
     """Subspace, dynamics and pivot units from covariances at lags 0 and 1.
 
     White observation noise enters the covariance at lag 0 alone, so the subspace is read from lag 1: its symmetric part
@@ -43,7 +43,7 @@ def linear_start(recording: Recording, latent_dim: int, readout: Readout) -> Lin
     return known[latent_dim, readout]
 
 
-def static_start(recording: Recording, latent_dim: int, readout: Readout) -> LinearStart:
+def static_start(recording: Recording, latent_dim: int, readout: Readout | PerRegion) -> LinearStart:
     """Subspace and pivot units from the covariance within bins, with equal noise in all units and no dynamics.
 
     Reference: Tipping & Bishop, J. R. Stat. Soc. B 61:611 (1999), the maximum of the likelihood in closed form.
@@ -54,7 +54,7 @@ def static_start(recording: Recording, latent_dim: int, readout: Readout) -> Lin
     return known[latent_dim, readout]
 
 
-def _principal(recording: Recording, latent_dim: int, readout: Readout) -> LinearStart:
+def _principal(recording: Recording, latent_dim: int, readout: Readout | PerRegion) -> LinearStart:
     if recording.observations is None:
         return _blank(recording, latent_dim)
     values, seen = _centred(recording, readout)
@@ -75,7 +75,7 @@ def _blank(recording: Recording, latent_dim: int) -> LinearStart:
     return LinearStart(dynamics, loading, ones, tuple(range(latent_dim)))
 
 
-def _centred(recording: Recording, readout: Readout) -> tuple[np.ndarray, np.ndarray]:
+def _centred(recording: Recording, readout: Readout | PerRegion) -> tuple[np.ndarray, np.ndarray]:
     """Linearised observations about each unit's mean, zero where hidden, and the mask."""
     values = readout.linearise(recording).cpu().numpy()
     seen = np.ones(values.shape, bool) if recording.mask is None else recording.mask.cpu().numpy()
@@ -89,7 +89,7 @@ def _pivots(loading: np.ndarray) -> tuple[int, ...]:
     return tuple(int(unit) for unit in order[: loading.shape[1]])
 
 
-def _estimate(recording: Recording, latent_dim: int, readout: Readout) -> LinearStart:
+def _estimate(recording: Recording, latent_dim: int, readout: Readout | PerRegion) -> LinearStart:
     if recording.observations is None or recording.num_bins < 2:
         return _blank(recording, latent_dim)
     values, seen = _centred(recording, readout)

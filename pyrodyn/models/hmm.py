@@ -20,7 +20,7 @@ from pyrodyn.distributions.modes import MarkovModes
 from pyrodyn.errors import ModelError
 from pyrodyn.linalg import mode_log_normaliser, sample_modes
 from pyrodyn.program import OBSERVATION_DIMS, IntegratedModel, Labelled
-from pyrodyn.readouts import AffineReadout, Poisson, Readout, mode_log_likelihood
+from pyrodyn.readouts import AffineReadout, PerRegion, Poisson, Readout, as_readout, mode_log_likelihood
 from pyrodyn.recording import Recording
 
 STARTS = 10  # of the clustering that the first guess comes from
@@ -53,8 +53,8 @@ class HMM(IntegratedModel):
     Parameters
     ----------
     num_modes : int
-    readout : Readout
-        `Poisson` by default; any of `pyrodyn.readouts`.
+    readout : Readout, or mapping of region to Readout
+        `Poisson` by default; any of `pyrodyn.readouts`. A mapping gives every region a law of its own.
     stickiness : float
         Transitions to itself that the prior counts for every mode, beside one to each mode.
     spread : float
@@ -66,15 +66,14 @@ class HMM(IntegratedModel):
     """
 
     num_modes: int
-    readout: Readout = field(default_factory=Poisson)
+    readout: Readout | PerRegion = field(default_factory=Poisson)
     stickiness: float = 10.0
     spread: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_modes, int) or self.num_modes < 1:
             raise ModelError(f"num_modes must be a whole number of at least 1, got {self.num_modes!r}")
-        if not isinstance(self.readout, Readout):
-            raise ModelError(f"readout must be one of pyrodyn.readouts, such as Poisson(), got {self.readout!r}")
+        object.__setattr__(self, "readout", as_readout(self.readout))
         if not self.stickiness >= 0 or not self.spread > 0:
             raise ModelError(
                 f"stickiness must be 0 or more and spread positive, got {self.stickiness!r} and {self.spread!r}"
@@ -148,7 +147,8 @@ class HMM(IntegratedModel):
         """Law of the observations in modes (*draw, trial, time)."""
         chosen = torch.nn.functional.one_hot(modes, self.num_modes).to(parameters.predictor.dtype)
         zero = parameters.predictor.new_zeros(recording.num_units)
-        return AffineReadout(self.readout, chosen, parameters.predictor.mT, zero, parameters.noise, recording.mask)
+        law = self.readout.bound(recording)
+        return AffineReadout(law, chosen, parameters.predictor.mT, zero, parameters.noise, recording.mask)
 
     def _potentials(
         self, parameters: HMMParameters, recording: Recording, observations: Tensor | None
@@ -157,7 +157,8 @@ class HMM(IntegratedModel):
         if observations is None:
             shape = (recording.num_trials, recording.num_bins, self.num_modes)
             return initial, transition, parameters.predictor.new_zeros(shape)
-        seen = mode_log_likelihood(self.readout, parameters.predictor, parameters.noise, observations, recording.mask)
+        law = self.readout.bound(recording)
+        seen = mode_log_likelihood(law, parameters.predictor, parameters.noise, observations, recording.mask)
         return initial, transition, seen
 
     def initial_values(self, recording: Recording) -> dict[str, Tensor]:

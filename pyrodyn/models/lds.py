@@ -18,7 +18,7 @@ from pyrodyn.errors import ModelError
 from pyrodyn.linalg import square_roots
 from pyrodyn.models._startup import linear_start
 from pyrodyn.program import Labelled, StateSpaceModel
-from pyrodyn.readouts import AffineReadout, Poisson, Readout
+from pyrodyn.readouts import AffineReadout, PerRegion, Poisson, Readout, as_readout
 from pyrodyn.recording import Recording
 
 
@@ -56,8 +56,8 @@ class LDS(StateSpaceModel):
     ----------
     latent_dim : int
         Dimension of the latent, at most the number of units.
-    readout : Readout
-        `Poisson` by default; any of `pyrodyn.readouts`.
+    readout : Readout, or mapping of region to Readout
+        `Poisson` by default; any of `pyrodyn.readouts`. A mapping gives every region a law of its own.
     dynamics_scale : float
         Standard deviation of the entries of M. At 3, a one-dimensional latent has a median time constant of a few bins
         and a tail of hundreds.
@@ -68,14 +68,13 @@ class LDS(StateSpaceModel):
     """
 
     latent_dim: int
-    readout: Readout = field(default_factory=Poisson)
+    readout: Readout | PerRegion = field(default_factory=Poisson)
     dynamics_scale: float = 3.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.latent_dim, int) or self.latent_dim < 1:
             raise ModelError(f"latent_dim must be a whole number of at least 1, got {self.latent_dim!r}")
-        if not isinstance(self.readout, Readout):
-            raise ModelError(f"readout must be one of pyrodyn.readouts, such as Poisson(), got {self.readout!r}")
+        object.__setattr__(self, "readout", as_readout(self.readout))
         if not self.dynamics_scale > 0:
             raise ModelError(f"dynamics_scale must be positive, got {self.dynamics_scale!r}")
 
@@ -119,9 +118,8 @@ class LDS(StateSpaceModel):
         )
 
     def readout_law(self, parameters: LDSParameters, path: Tensor, recording: Recording) -> AffineReadout:
-        return AffineReadout(
-            self.readout, path, parameters.loading, parameters.offset, parameters.noise, recording.mask
-        )
+        law = self.readout.bound(recording)
+        return AffineReadout(law, path, parameters.loading, parameters.offset, parameters.noise, recording.mask)
 
     def pivots(self, recording: Recording) -> tuple[int, ...]:
         """The units whose loading rows fix the rotation; depends on the recording alone."""

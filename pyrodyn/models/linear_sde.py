@@ -18,7 +18,7 @@ from pyrodyn.errors import ModelError
 from pyrodyn.linalg.matrix import below_diagonal, strictly_lower
 from pyrodyn.models._startup import linear_start
 from pyrodyn.program import Labelled, StateSpaceModel
-from pyrodyn.readouts import AffineReadout, Poisson, Readout
+from pyrodyn.readouts import AffineReadout, PerRegion, Poisson, Readout, as_readout
 from pyrodyn.recording import Recording
 
 TYPICAL_BINS = 10.0  # relaxation time of a latent, where no other is given
@@ -61,7 +61,7 @@ class LinearSDE(StateSpaceModel):
     Parameters
     ----------
     latent_dim : int
-    readout : Readout
+    readout : Readout, or mapping of region to Readout
         `Poisson` by default.
     time_constant : float, optional
         :math:`\tau` in seconds, the inverse of the mean relaxation rate; by default ten bins.
@@ -72,14 +72,13 @@ class LinearSDE(StateSpaceModel):
     """
 
     latent_dim: int
-    readout: Readout = field(default_factory=Poisson)
+    readout: Readout | PerRegion = field(default_factory=Poisson)
     time_constant: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.latent_dim, int) or self.latent_dim < 1:
             raise ModelError(f"latent_dim must be a whole number of at least 1, got {self.latent_dim!r}")
-        if not isinstance(self.readout, Readout):
-            raise ModelError(f"readout must be one of pyrodyn.readouts, such as Poisson(), got {self.readout!r}")
+        object.__setattr__(self, "readout", as_readout(self.readout))
         if self.time_constant is not None and not self.time_constant > 0:
             raise ModelError(f"time_constant must be positive (seconds), got {self.time_constant!r}")
 
@@ -133,9 +132,8 @@ class LinearSDE(StateSpaceModel):
         return varying_chain(moved, (eye - each @ each.mT)[..., which, :, :], initial_covariance=eye, drift=push)
 
     def readout_law(self, parameters: LinearSDEParameters, path: Tensor, recording: Recording) -> AffineReadout:
-        return AffineReadout(
-            self.readout, path, parameters.loading, parameters.offset, parameters.noise, recording.mask
-        )
+        law = self.readout.bound(recording)
+        return AffineReadout(law, path, parameters.loading, parameters.offset, parameters.noise, recording.mask)
 
     def pivots(self, recording: Recording) -> tuple[int, ...]:
         """The units whose loading rows fix the rotation; depends on the recording alone."""

@@ -28,7 +28,7 @@ from pyrodyn.models import _regions_posterior as labels
 from pyrodyn.models._regions import BUMPS, HORSESHOE, INITIAL, INNOVATION_SD, SIGNAL, SPIKE, Edge, MultiRegionParameters
 from pyrodyn.models._regions_sweep import RegionSweep
 from pyrodyn.program import Labelled, StateSpaceModel
-from pyrodyn.readouts import AffineReadout, Poisson, Readout
+from pyrodyn.readouts import AffineReadout, PerRegion, Poisson, Readout, as_readout
 from pyrodyn.recording import Recording
 
 
@@ -78,7 +78,8 @@ class MultiRegionLDS(StateSpaceModel):
         Hat functions of the time-locked input; 0 for none. Ignored where each condition has a single trial.
     conditions : sequence of str
         Conditions with a time-locked input of their own. By default all trials share one.
-    readout : Readout
+    readout : Readout, or mapping of region to Readout
+        A mapping gives every region a law of its own: ``{"V1": Poisson(), "LFP": Gaussian()}``.
     coupling_scale, persistence : float
 
     Notes
@@ -100,7 +101,7 @@ class MultiRegionLDS(StateSpaceModel):
     trial_level: bool = True
     time_bumps: int = 12
     conditions: tuple[str, ...] = ()
-    readout: Readout = field(default_factory=Poisson)
+    readout: Readout | PerRegion = field(default_factory=Poisson)
     coupling_scale: float = 0.35
     persistence: float = 0.7
 
@@ -125,8 +126,7 @@ class MultiRegionLDS(StateSpaceModel):
             raise ModelError(f"coupling_scale must be positive, got {self.coupling_scale!r}")
         if not -1.0 < self.persistence < 1.0:
             raise ModelError(f"persistence must lie between -1 and 1, got {self.persistence!r}")
-        if not isinstance(self.readout, Readout):
-            raise ModelError(f"readout must be one of pyrodyn.readouts, such as Poisson(), got {self.readout!r}")
+        keep("readout", as_readout(self.readout))
 
     # ------------------------------------------------------------------------------------------ the program
 
@@ -177,9 +177,8 @@ class MultiRegionLDS(StateSpaceModel):
         return self.transition(parameters, recording).path(recording.num_bins)
 
     def readout_law(self, parameters: MultiRegionParameters, path: Tensor, recording: Recording) -> AffineReadout:
-        return AffineReadout(
-            self.readout, path, parameters.loading, parameters.offset, parameters.noise, recording.mask
-        )
+        law = self.readout.bound(recording)
+        return AffineReadout(law, path, parameters.loading, parameters.offset, parameters.noise, recording.mask)
 
     # ------------------------------------------------------------------------------------------ its parts
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pyro
@@ -32,44 +32,34 @@ from pyrodyn.errors import ReadoutError
 from pyrodyn.linalg.matrix import broadcast_shapes
 from pyrodyn.recording import Recording
 
-__all__ = ["AffineReadout", "Bernoulli", "Gaussian", "NegativeBinomial", "NetworkReadout", "Poisson", "Readout"]
+__all__ = [
+    "AffineReadout",
+    "Bernoulli",
+    "Gaussian",
+    "Law",
+    "NegativeBinomial",
+    "NetworkReadout",
+    "Poisson",
+    "Readout",
+    "mode_log_likelihood",
+]
 
 MAX_LOG_RATE = 30.0  # exp(30) events a bin: beyond any recording, and far from overflow
 
 
-class Readout(ABC):
-    """What stands between the predictor and the observations.
+class Law(ABC):
+    """The law of every unit's observations given its predictor.
 
-    Shapes of the elementwise methods: ``predictor`` (*batch, time, unit), ``noise`` (*batch, 1, unit) or None,
-    ``value`` (*batch, time, unit).
+    Shapes: ``predictor`` (*batch, time, unit), ``noise`` (*batch, 1, unit) or None, ``value`` (*batch, time, unit).
     """
 
-    is_gaussian: ClassVar[bool] = False  # whether the path given the parameters is exactly Gaussian
-    noise_name: ClassVar[str | None] = None  # the site of the law's own parameter
+    is_gaussian: bool = False  # whether the path given the parameters is exactly Gaussian
+    noise_name: str | None = None  # the site of the law's own parameter
 
-    @abstractmethod
-    def check(self, recording: Recording) -> None:
-        """Raise `ReadoutError` where an observation lies outside the support."""
-
-    @abstractmethod
-    def sample_offset(self, recording: Recording) -> Tensor:
-        """The site ``offset``, (unit)."""
-
-    @abstractmethod
-    def sample_noise(self, recording: Recording) -> Tensor | None:
-        """The site of the law's own parameter, (unit), or None."""
-
-    @abstractmethod
-    def initial_values(self, recording: Recording) -> dict[str, Tensor]:
-        """Moment estimates for the readout's sites, in a model without latents."""
-
-    @abstractmethod
-    def linearise(self, recording: Recording) -> Tensor:
-        """Observations on the predictor's scale, about 0, (trial, time, unit): what linear start-ups work on."""
-
-    def signal_scale(self, recording: Recording) -> Tensor:
-        """What a loading of one means on the predictor's scale, (unit)."""
-        return torch.ones_like(recording.scale)
+    def of_units(self, units: Tensor) -> Law:
+        """The law of some of the units, by their positions."""
+        del units
+        return self
 
     @abstractmethod
     def log_prob(self, predictor: Tensor, noise: Any, value: Tensor) -> Tensor:
@@ -113,6 +103,43 @@ class Readout(ABC):
     @abstractmethod
     def sample(self, predictor: Tensor, noise: Any) -> Tensor:
         """Draw observations."""
+
+
+class Readout(Law):
+    """What stands between the predictor and the observations: one law for all units, and its priors."""
+
+    def bound(self, recording: Recording) -> Law:
+        """The law of a recording's units."""
+        del recording
+        return self
+
+    def noisy(self, recording: Recording) -> Tensor:
+        """Positions of the units whose law has a parameter of its own."""
+        return torch.arange(recording.num_units if self.noise_name else 0)
+
+    @abstractmethod
+    def check(self, recording: Recording) -> None:
+        """Raise `ReadoutError` where an observation lies outside the support."""
+
+    @abstractmethod
+    def sample_offset(self, recording: Recording) -> Tensor:
+        """The site ``offset``, (unit)."""
+
+    @abstractmethod
+    def sample_noise(self, recording: Recording) -> Tensor | None:
+        """The site of the law's own parameter, (unit), or None."""
+
+    @abstractmethod
+    def initial_values(self, recording: Recording) -> dict[str, Tensor]:
+        """Moment estimates for the readout's sites, in a model without latents."""
+
+    @abstractmethod
+    def linearise(self, recording: Recording) -> Tensor:
+        """Observations on the predictor's scale, about 0, (trial, time, unit): what linear start-ups work on."""
+
+    def signal_scale(self, recording: Recording) -> Tensor:
+        """What a loading of one means on the predictor's scale, (unit)."""
+        return torch.ones_like(recording.scale)
 
 
 @dataclass(frozen=True)
@@ -321,11 +348,11 @@ class Bernoulli(Readout):
 
 
 class AffineReadout(TorchDistribution):
-    """The observations of all trials, bins and units given a path, under a `Readout`.
+    """The observations of all trials, bins and units given a path, under a `Law`.
 
     Parameters
     ----------
-    law : Readout
+    law : Law
     path : Tensor, (*batch, time, latent)
     loading : Tensor, (*batch, unit, latent)
     offset, noise : Tensor, (*batch, unit); ``noise`` may be None
@@ -342,7 +369,7 @@ class AffineReadout(TorchDistribution):
 
     def __init__(
         self,
-        law: Readout,
+        law: Law,
         path: Tensor,
         loading: Tensor,
         offset: Tensor,
@@ -406,13 +433,13 @@ class AffineReadout(TorchDistribution):
 
 
 def mode_log_likelihood(
-    law: Readout, predictor: Tensor, noise: Tensor | None, value: Tensor, observed: Tensor | None = None
+    law: Law, predictor: Tensor, noise: Tensor | None, value: Tensor, observed: Tensor | None = None
 ) -> Tensor:
     """Log likelihood of every bin under each of a few predictors, summed over units, (*draw, trial, time, mode).
 
     Parameters
     ----------
-    law : Readout
+    law : Law
     predictor : Tensor, (*draw, 1, mode, unit)
     noise : Tensor, (*draw, 1, unit), or None
     value : Tensor, (*draw, trial, time, unit)

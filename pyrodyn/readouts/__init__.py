@@ -1,0 +1,28 @@
+"""From latent to observations: laws for one kind of unit, and one law for each region."""
+
+from pyrodyn.readouts.laws import (
+    AffineReadout,
+    Bernoulli,
+    Gaussian,
+    Law,
+    NegativeBinomial,
+    NetworkReadout,
+    Poisson,
+    Readout,
+    mode_log_likelihood,
+)
+from pyrodyn.readouts.per_region import PerRegion, as_readout
+
+__all__ = [
+    "AffineReadout",
+    "Bernoulli",
+    "Gaussian",
+    "Law",
+    "NegativeBinomial",
+    "NetworkReadout",
+    "PerRegion",
+    "Poisson",
+    "Readout",
+    "as_readout",
+    "mode_log_likelihood",
+]
