@@ -133,11 +133,11 @@ if path.is_file():
     wide = [s[:, : s.shape[1] // 40 * 40].reshape(len(s), -1, 40).sum(2).T for s in raw["data"]]  # bins of 40 ms
     whole = dyn.Recording.from_arrays(wide, bin_width=0.04, condition=raw["condition"], session="reach")
     busiest = whole.observations.sum((0, 1)).argsort(descending=True)[:20].tolist()
-    parts = whole.isel(unit=sorted(busiest)).split_trials({"train": 0.25, "test": 0.25, "rest": 0.5}, seed=0)
+    parts = whole.isel(unit=sorted(busiest)).split_trials({"train": 0.2, "test": 0.2, "rest": 0.6}, seed=0)
     train, test = parts.sel(split="train"), parts.sel(split="test")
     real = {name: dyn.fit(models.LDS(dim), train, engine, seed=0) for dim, name in names.items()}
     real["4 modes"] = dyn.fit(models.HMM(4), train, inference.Laplace(draws=200), seed=0)
-    table = dyn.compare(real, test, comparison.HeldOutUnits(groups=4, draws=40))
+    table = dyn.compare(real, test, comparison.HeldOutUnits(groups=4, draws=25))
     print(comparison.as_table(table)[["bits_per_spike", "se", "difference", "dse"]].round(3))
     plots.comparison(table)
 else:
