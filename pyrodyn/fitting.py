@@ -30,12 +30,14 @@ from pyrodyn.posterior import (
     path_summary,
     to_datatree,
     trial_batches,
+    warn_of,
 )
 from pyrodyn.program import Labelled, LatentModel, StateSpaceModel, globals_given, is_random, specification
 from pyrodyn.recording import Recording
 from pyrodyn.sessions import pool, pooled_datatree, refuse_pooled
 
 INTERVAL = (0.05, 0.95)
+BEYOND = 100  # times the largest fitted count of a unit, from which an expected one is not believed
 EXPECTED = ("expected", "expected_sd", "expected_lower", "expected_upper")
 
 
@@ -214,6 +216,11 @@ def predict(
         ``expected`` (trial, time, unit), the posterior mean of the expected observation, for counts in events a bin,
         with ``expected_sd`` and the 90% interval ``expected_lower``, ``expected_upper``; and what is latent, such as
         ``path`` and ``path_sd`` (trial, time, latent) or ``mode_probability`` (trial, time, mode).
+
+    Warns
+    -----
+    FitWarning
+        Where expected counts are beyond belief, by unit.
     """
     refuse_pooled(posterior, "predict")
     model = model_of(posterior) if model is None else model
@@ -234,7 +241,28 @@ def predict(
     coords = {"unit": recording.unit, "region": ("unit", recording.region)}
     dataset = xr.Dataset(found, coords=latent_coordinates(recording, model, found) | coords)
     dataset["expected"].attrs["units"] = "events per bin" if recording.counts else "units of the recording"
+    _warn_of_tails(posterior, dataset, recording)
     return dataset
+
+
+def _warn_of_tails(posterior: xr.DataTree, found: xr.Dataset, recording: Recording) -> None:
+    """Complain of expected counts far beyond all that were fitted: the mean of a log-normal rate lies in its tail."""
+    if not recording.counts:
+        return
+    seen = posterior["observed_data"]["observations"].max(("trial", "time")).fillna(0.0).values
+    most = found["expected"].max(("trial", "time")).values
+    far = most > BEYOND * np.maximum(seen, 1.0)
+    if far.any():
+        named = ", ".join(f"{unit} ({count:.0f})" for unit, count in zip(recording.unit[far], most[far], strict=True))
+        warn_of(
+            [
+                f"expected counts a bin are more than {BEYOND} times the largest that was fitted, in units {named}: "
+                "where a unit bursts, a latent that is not known well makes its rate log-normal with a heavy tail; "
+                "readout=NegativeBinomial() takes bursts as noise, or leave these units out"
+            ],
+            "predict",
+            stacklevel=3,
+        )
 
 
 def _of_path(model: Any, parameters: Any, part: Recording) -> Labelled:

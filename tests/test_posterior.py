@@ -268,3 +268,19 @@ def test_any_recording_is_stored_with_its_labels():
     back = dyn.recording_of(tree)
     assert back.digest() == recording.digest()
     assert list(back.condition) == ["x", "y", "x"] and back.session == "monday" and list(back.trial) == [7, 8, 9]
+
+
+def test_expected_counts_beyond_belief_are_complained_of():
+    """A unit that bursts makes its rate log-normal with a heavy tail, where nothing but its own counts tells of it."""
+    rng = np.random.default_rng(0)
+    burst = np.repeat(rng.random((6, 8)) < 0.15, 5, axis=1)
+    counts = rng.poisson(np.where(burst[..., None], [6.0, 0.3, 0.3], [0.001, 0.3, 0.3]))
+    recording = dyn.Recording.from_arrays(counts, bin_width=0.02, unit=["bursting", "steady", "other"])
+    posterior = dyn.fit(models.LDS(1), recording, inference.Laplace(draws=50), seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dyn.predict(posterior, recording)  # seen, it is no riddle
+    shifted = posterior.copy(deep=True)
+    shifted["posterior"]["loading"].loc[{"unit": "bursting"}] *= 2.0
+    with pytest.warns(dyn.FitWarning, match=r"in units bursting \(\d+\).*NegativeBinomial"):
+        dyn.predict(shifted, recording.hide(unit="bursting"))
