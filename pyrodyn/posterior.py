@@ -75,7 +75,7 @@ def to_datatree(
         groups["unconstrained_posterior"] = _unconstrained(base, recording, flat, lead)
         estimator = "none"
         if collapses(base, recording):
-            estimator = "exact" if "exactly" in collapse(base).treatment else "Laplace"
+            estimator = "exact" if collapse(base).is_exact else "Laplace"
             chosen = np.arange(lead[1])
             if draws.local and estimator == "Laplace":
                 # The engine did not need it, and each takes a search for the path: as many as are worth waiting for.

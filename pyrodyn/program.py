@@ -132,7 +132,21 @@ class LatentModel(ABC):
         return self.forward(recording)
 
 
-class StateSpaceModel(LatentModel):
+class TrialModel(LatentModel):
+    """Globals, and trials that are alike given the globals: their latents are sites of any kind."""
+
+    @abstractmethod
+    def trials(self, parameters: Any, recording: Recording) -> Tensor:
+        """The part of the program inside the trial plate; returns the observations."""
+
+    @final
+    def forward(self, recording: Recording) -> Tensor:
+        parameters = self.sample_globals(recording)
+        with trial_plate(recording):
+            return self.trials(parameters, recording)
+
+
+class StateSpaceModel(TrialModel):
     """Globals, a latent path in every trial, and a readout of it."""
 
     @abstractmethod
@@ -162,34 +176,19 @@ class StateSpaceModel(LatentModel):
             infer=OBSERVATION_DIMS,
         )
 
-    @final
-    def forward(self, recording: Recording) -> Tensor:
-        parameters = self.sample_globals(recording)
-        with trial_plate(recording):
-            return self.trials(parameters, recording)
 
-
-class SampledModel(LatentModel):
-    """Globals, and trials whose latents are sites of any kind, for engines to sample."""
-
-    @abstractmethod
-    def trials(self, parameters: Any, recording: Recording) -> Tensor:
-        """The part of the program inside the trial plate; returns the observations."""
-
-    @final
-    def forward(self, recording: Recording) -> Tensor:
-        parameters = self.sample_globals(recording)
-        with trial_plate(recording):
-            return self.trials(parameters, recording)
-
-
-class IntegratedModel(LatentModel):
+class IntegratedModel(TrialModel):
     """Globals, and trials whose latents the model sums or integrates out by itself, as a hidden Markov model does."""
 
     @property
     @abstractmethod
     def treatment(self) -> str:
         """How `evidence` treats what is latent, in words, for the attributes of a posterior: "summed out exactly"."""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether `evidence` is exact but for rounding."""
+        return True
 
     @abstractmethod
     def evidence(self, parameters: Any, recording: Recording, observations: Tensor) -> Tensor:
@@ -198,25 +197,6 @@ class IntegratedModel(LatentModel):
     @abstractmethod
     def draw_local(self, parameters: Any, recording: Recording) -> dict[str, Tensor]:
         """The sites of the trials, each (*draw, trial, *event), drawn given observations and parameters."""
-
-    @abstractmethod
-    def trials(self, parameters: Any, recording: Recording) -> Tensor:
-        """The part of the program inside the trial plate; returns the observations."""
-
-    @final
-    def forward(self, recording: Recording) -> Tensor:
-        parameters = self.sample_globals(recording)
-        with trial_plate(recording):
-            return self.trials(parameters, recording)
-
-
-@runtime_checkable
-class WithTrials(Protocol):
-    """A model that can be run from given parameters on, as those of the three kinds above can."""
-
-    def trials(self, parameters: Any, recording: Recording) -> Tensor:
-        """The part of the program inside the trial plate; returns the observations."""
-        ...
 
 
 @runtime_checkable

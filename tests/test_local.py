@@ -19,7 +19,7 @@ from pyrodyn.distributions import NonlinearMarkov
 from pyrodyn.errors import ModelError
 from pyrodyn.inference import LocalInference, collapse
 from pyrodyn.inference.engine import double_precision, random_stream
-from pyrodyn.program import LatentModel, SampledModel, globals_given
+from pyrodyn.program import LatentModel, TrialModel, globals_given
 from pyrodyn.readouts import AffineReadout
 from pyrodyn.recording import Recording
 
@@ -85,7 +85,7 @@ class Level(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Levels(SampledModel):
+class Levels(TrialModel):
     """Counts whose log rate is one number of the trial: a model of no use but to integrate on a grid."""
 
     codes: int = 1
@@ -178,8 +178,9 @@ def test_draws_and_trials_are_inferred_apart():
 
 
 def test_a_model_without_its_part_for_trials_is_refused_by_name():
-    class Bare(Levels):
-        trials = None
+    class Bare(LatentModel):
+        pass
 
+    Bare.__abstractmethods__ = frozenset()  # none of them is called
     with pytest.raises(ModelError, match="Bare must say by a method trials"):
         LocalInference().infer(Bare(), None, zoo.blank())

@@ -182,6 +182,6 @@ def _density(
     whole, total = of(recording), np.zeros(recording.num_trials)
     for part in visible:
         total = total + logsumexp(whole - of(part), axis=0) - np.log(len(chosen))
-    likelihood = EXACT if "exactly" in collapse(candidate.model).treatment else LAPLACE
+    likelihood = EXACT if collapse(candidate.model).is_exact else LAPLACE
     recording = recording if scored is None else scored
     return Score(estimator, likelihood, "elpd", total, "trial", recording.trial, recording)

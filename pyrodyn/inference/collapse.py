@@ -115,19 +115,25 @@ class Collapsed:
 
     def evidence_error(self, parameters: Any, recording: Recording, particles: int) -> Tensor:
         """What to add to `evidence`, (*draw, trial), by particles from torch's random state; zero where it is exact."""
-        if "exactly" in self.treatment:
+        if self.is_exact:
             return torch.zeros_like(self.evidence(parameters, recording))
         prior, readout = self.factors(parameters, recording)
         corrected, approximate = particle_evidence(prior, readout, recording.values, particles=particles)
         return corrected - approximate
 
     @property
+    def is_exact(self) -> bool:
+        """Whether `evidence` is exact but for rounding."""
+        if isinstance(self.model, IntegratedModel):
+            return self.model.is_exact
+        return getattr(getattr(self.model, "readout", None), "is_gaussian", False)
+
+    @property
     def treatment(self) -> str:
         """How the latents were treated, for the attributes of a posterior."""
         if isinstance(self.model, IntegratedModel):
             return self.model.treatment
-        readout = getattr(self.model, "readout", None)
-        return "integrated out exactly" if getattr(readout, "is_gaussian", False) else "integrated out by Laplace"
+        return "integrated out exactly" if self.is_exact else "integrated out by Laplace"
 
 
 class Marginal(TorchDistribution):

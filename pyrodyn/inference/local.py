@@ -25,7 +25,7 @@ from pyrodyn.errors import ModelError, NonFiniteError
 from pyrodyn.inference.density import Site
 from pyrodyn.inference.mode import STEP, ascend, covariance_root
 from pyrodyn.linalg.matrix import broadcast_shapes
-from pyrodyn.program import LatentModel, StateSpaceModel, WithTrials, is_random, trial_plate
+from pyrodyn.program import LatentModel, StateSpaceModel, TrialModel, is_random, trial_plate
 from pyrodyn.progress import progress
 from pyrodyn.recording import Recording
 
@@ -132,7 +132,7 @@ class LocalDensity:
     """
 
     def __init__(self, model: LatentModel, parameters: Any, recording: Recording) -> None:
-        if not isinstance(model, WithTrials):
+        if not isinstance(model, TrialModel):
             raise ModelError(
                 f"{type(model).__name__} must say by a method trials(parameters, recording) what it samples inside the "
                 "trial plate, so that latents can be inferred with the globals held"

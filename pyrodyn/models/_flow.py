@@ -13,6 +13,7 @@ from pyrodyn.drifts import Drift, DriftParameters, GaussianProcess
 from pyrodyn.errors import ModelError
 from pyrodyn.linalg.slopes import expanded
 from pyrodyn.models._anchor import anchor
+from pyrodyn.models._symmetry import signed_permutation
 from pyrodyn.models.linear_sde import TYPICAL_BINS
 from pyrodyn.program import Labelled, LatentModel
 from pyrodyn.readouts import AffineReadout, Poisson, Readout
@@ -143,10 +144,7 @@ class FlowModel(LatentModel):
 
         Nothing else is free: boxes and anchored coordinates are turned by no other map into themselves.
         """
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(self.latent_dim, generator=generator)
-        sign = 1.0 - 2.0 * torch.randint(0, 2, (self.latent_dim,), generator=generator).to(torch.float64)
-        return sign[:, None] * torch.eye(self.latent_dim, dtype=torch.float64)[order]
+        return signed_permutation(self.latent_dim, torch.Generator().manual_seed(seed))
 
     def transformed(self, parameters: FlowParameters, recording: Recording, seed: int) -> FlowParameters:
         del recording

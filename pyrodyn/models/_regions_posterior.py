@@ -6,7 +6,6 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from pyrodyn.linalg.stationary import (
     block_strength,
@@ -16,6 +15,7 @@ from pyrodyn.linalg.stationary import (
     variance_shares,
 )
 from pyrodyn.models._regions import GLOBAL, LEVEL, MultiRegionParameters
+from pyrodyn.models._symmetry import rotation
 from pyrodyn.program import Labelled
 from pyrodyn.recording import Recording
 
@@ -107,17 +107,13 @@ def transformed(
     layout = model.layout(recording)
     generator = torch.Generator().manual_seed(seed)
 
-    def orthogonal(size: int) -> Tensor:
-        basis, triangle = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-        return basis * triangle.diagonal().sign()
-
     signs = 1.0 - 2.0 * torch.randint(2, (layout.size - layout.regional, 1, 1), generator=generator).double()
-    turn = torch.block_diag(*(orthogonal(dim) for dim in layout.dims), *signs).to(recording.scale.device)
+    turn = torch.block_diag(*(rotation(dim, generator) for dim in layout.dims), *signs).to(recording.scale.device)
     regional = turn[: layout.regional, : layout.regional]
     gain, locked, shared = parameters.input_gain, parameters.time_locked, parameters.innovation_loading
     return parameters._replace(
         dynamics=turn @ parameters.dynamics @ turn.mT,
-        innovation_loading=None if shared is None else turn @ shared @ orthogonal(shared.shape[-1]).to(turn),
+        innovation_loading=None if shared is None else turn @ shared @ rotation(shared.shape[-1], generator).to(turn),
         loading=parameters.loading @ turn.mT,
         input_gain=None if gain is None else regional @ gain,
         time_locked=None if locked is None else torch.einsum("ij,...jcb->...icb", regional, locked),

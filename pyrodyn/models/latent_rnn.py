@@ -16,6 +16,7 @@ from torch import Tensor
 from pyrodyn.distributions import NonlinearMarkov
 from pyrodyn.errors import ModelError
 from pyrodyn.models._startup import linear_start
+from pyrodyn.models._symmetry import order_and_signs
 from pyrodyn.networks import Cell, Gated
 from pyrodyn.networks.cells import CellWeights
 from pyrodyn.networks.layers import prior_sd, product, sample_weight, start_weight
@@ -207,9 +208,7 @@ class LatentRNN(StateSpaceModel):
 
     def symmetry(self, seed: int) -> tuple[Tensor, Tensor]:
         """The order and the signs (latent) that `transformed` gives the units: the path moves as they do."""
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(self.latent_dim, generator=generator)
-        return order, 2.0 * torch.randint(0, 2, (self.latent_dim,), generator=generator).to(torch.float64) - 1.0
+        return order_and_signs(self.latent_dim, torch.Generator().manual_seed(seed))
 
     def _loading_scale(self, recording: Recording) -> Tensor:
         return (self.readout.signal_scale(recording) * prior_sd(self.latent_dim)).unsqueeze(-1)

@@ -17,6 +17,7 @@ from pyrodyn.distributions.loading import gauge_fix
 from pyrodyn.errors import ModelError
 from pyrodyn.linalg import square_roots
 from pyrodyn.models._startup import linear_start
+from pyrodyn.models._symmetry import rotation
 from pyrodyn.program import Labelled, StateSpaceModel
 from pyrodyn.readouts import AffineReadout, PerRegion, Poisson, Readout, as_readout
 from pyrodyn.recording import Recording
@@ -187,10 +188,7 @@ class LDS(StateSpaceModel):
 
     def transformed(self, parameters: LDSParameters, recording: Recording, seed: int) -> LDSParameters:
         """Turn the latent space by a random orthogonal matrix: the symmetry that the gauge takes away."""
-        generator = torch.Generator().manual_seed(seed)
-        normal = torch.randn(self.latent_dim, self.latent_dim, generator=generator, dtype=torch.float64)
-        basis, triangle = torch.linalg.qr(normal)
-        turn = (basis * triangle.diagonal().sign()).to(recording.scale.device)  # uniform: reflections as well
+        turn = rotation(self.latent_dim, torch.Generator().manual_seed(seed)).to(recording.scale.device)
         gain = parameters.input_gain
         return parameters._replace(
             dynamics=turn @ parameters.dynamics @ turn.mT,

@@ -16,12 +16,13 @@ from pyrodyn.distributions import GaussMarkov
 from pyrodyn.errors import ModelError
 from pyrodyn.models._lfads_recognition import INITIAL_DIMS, INPUT_DIMS, LFADSRecognition
 from pyrodyn.models._startup import linear_start
+from pyrodyn.models._symmetry import order_and_signs, rotation
 from pyrodyn.networks import Gated
 from pyrodyn.networks.cells import BoundGated, CellWeights, driven
 from pyrodyn.networks.layers import prior_sd, product, sample_weight, start_weight
 from pyrodyn.networks.precision import lowered
 from pyrodyn.networks.recall import recalled
-from pyrodyn.program import OBSERVATION_DIMS, Labelled, SampledModel
+from pyrodyn.program import OBSERVATION_DIMS, Labelled, TrialModel
 from pyrodyn.readouts import AffineReadout, Poisson, Readout
 from pyrodyn.recording import Recording
 
@@ -57,7 +58,7 @@ class LFADSParameters(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LFADS(SampledModel):
+class LFADS(TrialModel):
     r"""Latent factor analysis via dynamical systems.
 
     .. math::
@@ -277,12 +278,8 @@ class LFADS(SampledModel):
     def transformed(self, parameters: LFADSParameters, recording: Recording, seed: int) -> LFADSParameters:
         """Put the generator's units in another order with other signs, and turn the factors with the loading."""
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(self.generator_dim, generator=generator)
-        sign = 2.0 * torch.randint(0, 2, (self.generator_dim,), generator=generator).to(torch.float64) - 1.0
-        turn, _ = torch.linalg.qr(
-            torch.randn(self.latent_dim, self.latent_dim, generator=generator, dtype=torch.float64)
-        )
-        order, sign, turn = (part.to(recording.device) for part in (order, sign, turn))
+        drawn = (*order_and_signs(self.generator_dim, generator), rotation(self.latent_dim, generator))
+        order, sign, turn = (part.to(recording.device) for part in drawn)
         cell = Gated().permuted(parameters.cell, order, sign)
         control = parameters.control_weight
         if control is not None:

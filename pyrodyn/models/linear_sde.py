@@ -17,6 +17,7 @@ from pyrodyn.distributions.loading import gauge_fix
 from pyrodyn.errors import ModelError
 from pyrodyn.linalg.matrix import below_diagonal, strictly_lower
 from pyrodyn.models._startup import linear_start
+from pyrodyn.models._symmetry import rotation
 from pyrodyn.program import Labelled, StateSpaceModel
 from pyrodyn.readouts import AffineReadout, PerRegion, Poisson, Readout, as_readout
 from pyrodyn.recording import Recording
@@ -202,10 +203,7 @@ class LinearSDE(StateSpaceModel):
 
     def transformed(self, parameters: LinearSDEParameters, recording: Recording, seed: int) -> LinearSDEParameters:
         """Turn the latent space by a random orthogonal matrix: the symmetry that the gauge takes away."""
-        generator = torch.Generator().manual_seed(seed)
-        normal = torch.randn(self.latent_dim, self.latent_dim, generator=generator, dtype=torch.float64)
-        basis, triangle = torch.linalg.qr(normal)
-        turn = (basis * triangle.diagonal().sign()).to(recording.device)  # uniform: reflections as well
+        turn = rotation(self.latent_dim, torch.Generator().manual_seed(seed)).to(recording.device)
         gain = parameters.input_gain
         return parameters._replace(
             drift=turn @ parameters.drift @ turn.mT,

@@ -18,7 +18,7 @@ from pyrodyn.integrators import FixedStep, Integrator
 from pyrodyn.linalg.matrix import broadcast_shapes
 from pyrodyn.models._flow import INITIAL_SD, FlowModel, FlowParameters
 from pyrodyn.models.neural_sde import FIRST_STEPS, LOCAL_NODES, NeuralSDE
-from pyrodyn.program import OBSERVATION_DIMS, Labelled, SampledModel
+from pyrodyn.program import OBSERVATION_DIMS, Labelled, TrialModel
 from pyrodyn.readouts import AffineReadout
 from pyrodyn.recording import Recording
 from pyrodyn.shooting import shoot
@@ -29,7 +29,7 @@ INITIAL_DIMS: Any = {"event_dims": ("latent",)}
 
 
 @dataclass(frozen=True)
-class NeuralODE(FlowModel, SampledModel):
+class NeuralODE(FlowModel, TrialModel):
     r"""Latent dynamics without noise, with a prior on the weights of their drift and on the first state of each trial.
 
     .. math::

@@ -17,6 +17,7 @@ from pyrodyn.distributions import GaugedLoading
 from pyrodyn.distributions.loading import gauge_fix
 from pyrodyn.errors import ModelError
 from pyrodyn.models._startup import linear_start, static_start
+from pyrodyn.models._symmetry import rotation, signed_permutation
 from pyrodyn.models.time_priors import StaticPrior, TimePrior
 from pyrodyn.networks.layers import prior_sd, product, sample_weight, start_weight
 from pyrodyn.program import Labelled, StateSpaceModel
@@ -264,9 +265,8 @@ class VAE(StateSpaceModel):
         """
         generator = torch.Generator().manual_seed(seed)
         if self._gauged:
-            normal = torch.randn(self.latent_dim, self.latent_dim, generator=generator, dtype=torch.float64)
-            return [torch.linalg.qr(normal)[0]]
-        return [_signed_permutation(size, generator) for size in (self.latent_dim, *self.hidden)]
+            return [rotation(self.latent_dim, generator)]
+        return [signed_permutation(size, generator) for size in (self.latent_dim, *self.hidden)]
 
     def _loading_scale(self, recording: Recording) -> Tensor:
         size = (self.latent_dim, *self.hidden)[-1]
@@ -277,11 +277,6 @@ def _by_trial(values: Tensor, which: Tensor) -> Tensor:
     """Rows (*draw, 1, condition, latent) for every trial, (*draw, trial, latent)."""
     rows = values[..., which, :]
     return rows.squeeze(-3) if values.dim() > 2 else rows
-
-
-def _signed_permutation(size: int, generator: torch.Generator) -> Tensor:
-    sign = 2.0 * torch.randint(0, 2, (size,), generator=generator).to(torch.float64) - 1.0
-    return sign[:, None] * torch.eye(size, dtype=torch.float64)[torch.randperm(size, generator=generator)]
 
 
 def _moved(vector: Tensor | None, turn: Tensor | None) -> Tensor | None:
