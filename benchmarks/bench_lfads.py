@@ -1,13 +1,13 @@
 """LFADS: rates of a chaotic network that are known, hidden neurons of a reaching task, and the time of a step.
 
-Run from the root of the repository, on one core: ``python benchmarks/bench_lfads.py chaos|reach|step``, with
+Run from the root of the repository, on one core: ``python benchmarks/bench_lfads.py``, or with some of ``chaos reach step``, with
 PYRODYN_DATA the folder that holds datahigh_reach. The results stand in docs/tables/lfads.md.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -104,4 +104,8 @@ def step() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", dyn.FitWarning)
-    {"chaos": chaos, "reach": reach, "step": step}[sys.argv[1]]()
+    PARTS = {"chaos": chaos, "reach": reach, "step": step}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="{chaos,reach,step}", default=list(PARTS))
+    for part in parser.parse_args().parts:
+        PARTS[part]()

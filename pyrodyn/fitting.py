@@ -257,8 +257,9 @@ def _warn_of_tails(posterior: xr.DataTree, found: xr.Dataset, recording: Recordi
         warn_of(
             [
                 f"expected counts a bin are more than {BEYOND} times the largest that was fitted, in units {named}: "
-                "where a unit bursts, a latent that is not known well makes its rate log-normal with a heavy tail; "
-                "readout=NegativeBinomial() takes bursts as noise, or leave these units out"
+                "where a unit bursts or trials are few, a latent that is not known well makes its rate log-normal with "
+                "a heavy tail; take readout=NegativeBinomial(), to which bursts are noise, leave these units out, or "
+                "fit more trials"
             ],
             "predict",
             stacklevel=3,

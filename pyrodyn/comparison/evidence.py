@@ -89,7 +89,7 @@ class Evidence:
             estimator = "bridge sampling"
         value += candidate.model.log_copies(candidate.recording)
         before, likelihood = None, EXACT
-        if "exactly" not in collapse(candidate.model).treatment:
+        if not collapse(candidate.model).is_exact:
             likelihood = LAPLACE
             if self.particles is not None:
                 likelihood, before = PARTICLES, np.array([value])

@@ -114,7 +114,7 @@ class KFold:
             refitted = _batched(candidate, engine, held, seed)
         else:
             refitted = _one_by_one(candidate, engine, held, seed)
-        count, laplace = candidate.recording.num_trials, "exactly" not in collapse(candidate.model).treatment
+        count, laplace = candidate.recording.num_trials, not collapse(candidate.model).is_exact
         pointwise, variance, before = np.full(count, np.nan), np.zeros(count), None
         weighted = []
         for trials, fold in zip(held, refitted, strict=True):
