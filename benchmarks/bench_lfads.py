@@ -1,7 +1,7 @@
 """LFADS: rates of a chaotic network that are known, hidden neurons of a reaching task, and the time of a step.
 
-Run from the root of the repository, on one core: ``python benchmarks/bench_lfads.py``, or with some of ``chaos reach step``, with
-PYRODYN_DATA the folder that holds datahigh_reach. The results stand in docs/tables/lfads.md.
+Run from the root of the repository, on one core: ``python benchmarks/bench_lfads.py``, or with some of
+``chaos reach step``, with PYRODYN_DATA the folder that holds datahigh_reach. The results stand in docs/tables/lfads.md.
 """
 
 from __future__ import annotations
