@@ -1,4 +1,4 @@
-"""Whole trajectories, gauged matrices, and networks of dynamics, as single random variables."""
+"""Whole trajectories, switching or not, gauged matrices, and networks of dynamics, as single random variables."""
 
 from pyrodyn.distributions.affine_subspace import SubspaceNormal
 from pyrodyn.distributions.euler_maruyama import EulerMaruyama
@@ -9,6 +9,7 @@ from pyrodyn.distributions.loading import GaugedLoading
 from pyrodyn.distributions.network import NetworkLayout, NetworkPrior, network_layout
 from pyrodyn.distributions.nonlinear_markov import NonlinearMarkov, Recurrence
 from pyrodyn.distributions.pool import Pool, PoolPrior
+from pyrodyn.distributions.switching import SwitchingPath
 from pyrodyn.distributions.transition import Transition
 from pyrodyn.distributions.varying import varying_chain
 
@@ -25,6 +26,7 @@ __all__ = [
     "PoolPrior",
     "Recurrence",
     "SubspaceNormal",
+    "SwitchingPath",
     "Transition",
     "network_layout",
     "varying_chain",
