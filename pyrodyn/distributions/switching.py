@@ -216,7 +216,7 @@ class SwitchingPath(TorchDistribution):
     # ------------------------------------------------------------------------------------------ forward in time
 
     def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 (torch's own signature)
-        return self.sample_jointly(sample_shape)[0]
+        return self.sample_jointly(torch.Size(sample_shape))[0]
 
     def sample_jointly(self, sample_shape=torch.Size()) -> tuple[Tensor, Tensor]:  # noqa: B008
         """Paths (*sample, *batch, time, latent), and the modes (*sample, *batch, time) that made them."""
