@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
@@ -88,3 +89,21 @@ def test_gradients():
 def test_wrong_pivots_are_refused(pivots):
     with pytest.raises(ValueError, match="pivots must be 2 distinct units .* among 4"):
         GaugedLoading(4, 2, pivots)
+
+
+def test_with_degrees_it_is_the_root_of_a_wishart_matrix():
+    law = GaugedLoading(3, 3, (0, 1, 2), degrees=5.5)
+    torch.manual_seed(3)
+    drawn = law.sample(torch.Size([6]))
+    reference = scipy.stats.wishart(df=5.5, scale=np.eye(3))
+    # dW = 2^d prod_i L_ii^(d-i+1) dL
+    roots = drawn.diagonal(dim1=-2, dim2=-1)
+    jacobian = 3.0 * math.log(2.0) + (torch.tensor([3.0, 2.0, 1.0]) * roots.log()).sum(-1)
+    expected = [reference.logpdf(w) for w in (drawn @ drawn.mT).numpy()]
+    torch.testing.assert_close(law.log_prob(drawn) - jacobian, torch.tensor(expected), rtol=1e-10, atol=1e-10)
+    many = law.sample(torch.Size([4000]))
+    torch.testing.assert_close((many @ many.mT).mean(0), 5.5 * torch.eye(3, dtype=torch.float64), rtol=0, atol=0.25)
+    for i in range(3):
+        assert scipy.stats.kstest(many[:, i, i].numpy(), scipy.stats.chi(5.5 - i).cdf).pvalue > 1e-3
+    with pytest.raises(ValueError, match="degrees must be more than latent_dim - 1 = 2, got 2"):
+        GaugedLoading(3, 3, (0, 1, 2), degrees=2.0)

@@ -107,6 +107,9 @@ class GaugedLoading(TorchDistribution):
     pivots : sequence of int
         One distinct unit for each latent; row ``pivots[i]`` is zero right of column i and positive in it. There may be
         fewer pivots than latents only where there are fewer units than latents.
+    degrees : float, optional
+        Of freedom of the first pivot's diagonal entry, ``latent_dim`` by default. With as many units as latents, L L'
+        is then Wishart with these degrees of freedom and the identity as scale.
 
     Notes
     -----
@@ -116,12 +119,23 @@ class GaugedLoading(TorchDistribution):
     arg_constraints = {}
     has_rsample = False
 
-    def __init__(self, num_units: int, latent_dim: int, pivots: tuple[int, ...], batch_shape=(), validate_args=None):
+    def __init__(
+        self,
+        num_units: int,
+        latent_dim: int,
+        pivots: tuple[int, ...],
+        batch_shape=(),
+        degrees: float | None = None,
+        validate_args=None,
+    ):
         if len(pivots) != latent_dim or len(set(pivots)) != latent_dim or not all(0 <= p < num_units for p in pivots):
             raise ValueError(
                 f"pivots must be {latent_dim} distinct units (one for each latent) among {num_units}, got {pivots}"
             )
         self.num_units, self.latent_dim, self.pivots = num_units, latent_dim, tuple(int(p) for p in pivots)
+        self.degrees = float(latent_dim if degrees is None else degrees)
+        if not self.degrees > latent_dim - 1:
+            raise ValueError(f"degrees must be more than latent_dim - 1 = {latent_dim - 1}, got {degrees!r}")
         self._constraint = _GaugedConstraint(self.pivots, num_units)
         super().__init__(torch.Size(batch_shape), torch.Size((num_units, latent_dim)), validate_args=False)
 
@@ -130,11 +144,11 @@ class GaugedLoading(TorchDistribution):
         return self._constraint
 
     def expand(self, batch_shape, _instance=None) -> GaugedLoading:
-        return GaugedLoading(self.num_units, self.latent_dim, self.pivots, batch_shape)
+        return GaugedLoading(self.num_units, self.latent_dim, self.pivots, batch_shape, self.degrees)
 
     @property
     def _degrees(self) -> Tensor:
-        return torch.arange(self.latent_dim, 0, -1, dtype=torch.float64)
+        return self.degrees - torch.arange(self.latent_dim, dtype=torch.float64)
 
     def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 (torch's own signature)
         shape = torch.Size(sample_shape) + self.batch_shape

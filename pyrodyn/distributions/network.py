@@ -16,10 +16,10 @@ from torch.distributions.constraints import Constraint
 
 from pyrodyn.errors import ModelError
 from pyrodyn.linalg.stationary import spectral_radius
+from pyrodyn.linalg.taming import growth, log_slope, shrinkage
 
 SHARPNESS = 200  # the prior falls by 13% at a spectral radius of .99 and by 82% at .999
 LEVEL_PERSISTENCE = 0.9999  # of the level of a trial, which hardly moves within it
-POWER = 20  # of the map to stable dynamics: it moves a spectral radius of .8 by .0005 and one of .95 to .936
 TRIES = 4000  # rounds of rejection before giving up
 
 
@@ -201,28 +201,15 @@ class _Tame(Transform):
         return torch.where(self.slow.to(vector.device), vector * of_slow, parts)
 
     def _call(self, x: Tensor) -> Tensor:
-        return self._scaled(x, _shrinkage(self._radius(x)), _shrinkage(x.abs()))
+        return self._scaled(x, shrinkage(self._radius(x)), shrinkage(x.abs()))
 
     def _inverse(self, y: Tensor) -> Tensor:
-        def growth(radius: Tensor) -> Tensor:
-            return (1.0 - radius.clamp(max=1.0 - 1e-12) ** POWER) ** (-1.0 / POWER)
-
         return self._scaled(y, growth(self._radius(y)), growth(y.abs()))
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         radius = self._radius(x)
-        slow = torch.where(self.slow.to(x.device), _log_slope(x.abs()), 0.0).sum(-1)
-        return (int(self.coupled.sum()) - 1) * _shrinkage(radius).log() + _log_slope(radius) + slow
-
-
-def _shrinkage(radius: Tensor) -> Tensor:
-    """phi(rho) / rho."""
-    return (-torch.log1p(radius**POWER) / POWER).exp()
-
-
-def _log_slope(radius: Tensor) -> Tensor:
-    """log phi'(rho)."""
-    return -(1.0 + 1.0 / POWER) * torch.log1p(radius**POWER)
+        slow = torch.where(self.slow.to(x.device), log_slope(x.abs()), 0.0).sum(-1)
+        return (int(self.coupled.sum()) - 1) * shrinkage(radius).log() + log_slope(radius) + slow
 
 
 @biject_to.register(StableNetwork)
