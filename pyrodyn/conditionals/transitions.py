@@ -2,9 +2,10 @@ r"""Transition probabilities of modes given their path: Dirichlet rows, and logi
 
 With rows :math:`P_j = g_j / \sum_k g_{jk}` of independent :math:`g_{jk} \sim \mathrm{Gamma}(\alpha_{jk}, 1)`, the
 logits :math:`\log g_{jk} + (H v\, \xi_t)_k` of the next mode have a log-concave posterior without a flat direction. It
-is approximated by a t law about its mode, and what that leaves over enters by elliptical slice sampling, so that the draw
-is exact whatever the approximation. Rare transitions have a log g far from normal; so g is also drawn by itself, exactly, beside the times :math:`u_t \sim \mathrm{Exp}(\sum_k g_{jk} e^{(H v
-\xi_t)_k})` of a race between the modes that may come next.
+is approximated by a t law about its mode, and what that leaves over enters by elliptical slice sampling, so that the
+draw is exact whatever the approximation. The logarithm of a rare transition is far from normal; so g is also drawn by
+itself, exactly, beside the times :math:`u_t \sim \mathrm{Exp}(\sum_k g_{jk} e^{(H v\, \xi_t)_k})` of a race between the
+modes that may come next.
 
 References
 ----------
