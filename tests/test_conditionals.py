@@ -11,7 +11,7 @@ import torch
 from scipy.stats import multivariate_normal
 
 from pyrodyn import readouts
-from pyrodyn.conditionals.paths import Reference, settled, turned_path
+from pyrodyn.conditionals.paths import Reference, parted, settled, turn, turned_path
 from pyrodyn.conditionals.regression import SourceLaw, SourceSets
 from pyrodyn.conditionals.units import draw_coefficients, draw_noise
 from pyrodyn.conditioning import path_evidence
@@ -161,7 +161,7 @@ def test_under_a_gaussian_readout_the_reference_is_the_likelihood():
     with random_stream(1):
         path = torch.randn(7, 1, 2, 1, dtype=torch.float64)
     rest, slope = reference.rest(readout, readout.predict(path), observations)
-    torch.testing.assert_close(rest, rest[:1].expand(7, 1))
+    torch.testing.assert_close(rest, rest[:1].expand(7, 1, 2))
     torch.testing.assert_close(slope, torch.zeros_like(slope), atol=1e-12, rtol=0.0)
     at_offset = readout.log_likelihood(readout.offset.expand(1, 2, 1), observations)
     torch.testing.assert_close(
@@ -250,3 +250,49 @@ def test_the_noise_walks_to_its_posterior():
     centre = float((weight * axis).sum())
     sd = float((weight * axis.square()).sum() - centre**2) ** 0.5
     assert abs(float(noise.mean()) - centre) < 0.08 * sd
+
+
+def chain_of(bins: int, lead: tuple[int, ...] = (1, 1)) -> GaussMarkov:
+    with random_stream(6):
+        return GaussMarkov.from_dynamics(
+            0.5 * torch.randn(*lead, 2, 2), torch.eye(2), num_bins=bins, initial_covariance=torch.eye(2)
+        ).condition(torch.eye(2).expand(1, bins, 2, 2), torch.randn(*lead, bins, 2))
+
+
+def test_a_chain_parted_at_bins_is_the_dense_conditional():
+    chain = chain_of(9)
+    with random_stream(7):
+        path = torch.randn(1, 1, 9, 2, dtype=torch.float64)
+    still = torch.tensor([False, False, True, False, False, False, True, True, False])
+    found = parted(chain, path, still)
+    unit = torch.eye(18, dtype=torch.float64).reshape(18, 1, 1, 9, 2)
+    precision = -torch.stack([(chain.force(column) - chain.linear).flatten() for column in unit])
+    held = still.repeat_interleave(2)
+    rest = torch.linalg.inv(precision[~held][:, ~held])
+    pull = chain.linear.flatten()[~held] - precision[~held][:, held] @ path.flatten()[held]
+    torch.testing.assert_close(found.mean.flatten()[~held], rest @ pull)
+    torch.testing.assert_close(found.mean.flatten()[held], path.flatten()[held])
+    variance = found.variance.flatten()[~held]
+    torch.testing.assert_close(variance, rest.diagonal())
+
+
+def test_a_path_moved_block_by_block_keeps_its_law():
+    many, bins = 3000, 7
+    near, more = chain_of(bins), torch.tensor([[0.6, 0.2], [0.2, 0.4]], dtype=torch.float64)
+    target = near.condition(more.expand(1, bins, 2, 2), torch.zeros(1, 1, bins, 2))
+
+    def rest(path):
+        force = -path @ more
+        return 0.5 * (path * force).sum(-1), force
+
+    with random_stream(8):
+        path = torch.zeros(many, 1, bins, 2, dtype=torch.float64)
+        for round_ in range(24):
+            place = (torch.arange(bins) + round_) % 4
+            block = torch.where(place == 0, -1, (torch.arange(bins) + round_ % 4) // 4)
+            path, acceptance = turn(near.expand((many, 1)), rest, path, block)
+    assert acceptance.shape[:2] == (many, 1) and 0.8 < float(acceptance.mean()) < 1.0
+    score = (path.mean(0) - target.mean) / (target.variance / many).sqrt()
+    assert float(score.abs().max()) < 4.0
+    ratio = path.var(0) / target.variance[0]
+    assert float((ratio - 1.0).abs().max()) < 4.0 * (2.0 / many) ** 0.5

@@ -13,6 +13,7 @@ Reference: Shahbaba, Lan, Johnson & Neal, Stat. Comput. 24:339 (2014), on splitt
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -50,11 +51,11 @@ class Reference(NamedTuple):
         return outer(readout, self.curvature), pull @ readout.loading
 
     def rest(self, readout: AffineReadout, predictor: Tensor, observations: Tensor) -> tuple[Tensor, Tensor]:
-        """What the reference leaves over: value (*batch) and derivative in the predictor (*batch, time, unit)."""
-        fit, score, _ = readout.expand_log(predictor, observations)
+        """What the reference leaves over: value (*batch, time) and derivative in the predictor (*batch, time, unit)."""
+        fit, score, _ = readout.expand_bins(predictor, observations)
         apart = predictor - self.centre
         slope = torch.addcmul(self.score, self.curvature, apart, value=-1.0)
-        return fit - 0.5 * (apart * (self.score + slope)).sum((-2, -1)), score - slope
+        return fit - 0.5 * (apart * (self.score + slope)).sum(-1), score - slope
 
 
 def gaussian_path(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) -> Tensor:
@@ -70,18 +71,56 @@ def turned_path(
 
     Returns the path (chain, trial, time, latent) and the acceptance probability (chain, trial).
     """
-    near = prior.condition(*reference.potential(readout))
+
+    def rest(at: Tensor) -> tuple[Tensor, Tensor]:
+        value, slope = reference.rest(readout, readout.predict(at), observations)
+        return value, slope @ readout.loading
+
+    moved, acceptance = turn(prior.condition(*reference.potential(readout)), rest, path)
+    return moved, acceptance.squeeze(-1)
+
+
+def turn(
+    near: GaussMarkov,
+    rest: Callable[[Tensor], tuple[Tensor, Tensor]],
+    path: Tensor,
+    block: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One Hamiltonian trajectory under ``near`` times exp of what it leaves over.
+
+    Parameters
+    ----------
+    near : GaussMarkov
+        Batch (chain, trial).
+    rest : callable
+        Of a path (chain, trial, time, latent): what ``near`` leaves over, in every bin (chain, trial, time), and its
+        derivative in the path.
+    path : Tensor, (chain, trial, time, latent)
+    block : Tensor of int, (time,), optional
+        Bins of one number are accepted or not together; those of -1 stay where they are and part the others. By default
+        a trial is one block.
+
+    Returns
+    -------
+    path : Tensor, (chain, trial, time, latent)
+    acceptance : Tensor, (chain, trial, block)
+    """
+    if block is None:
+        block = torch.zeros(path.shape[-2], dtype=torch.long)
+    still = block < 0
+    if bool(still.any()):
+        near = parted(near, path, still)
     mean = near.mean
     angle = float(0.5 * math.pi * (0.8 + 0.4 * torch.rand(())) / KICKS)
     cosine, sine = math.cos(angle), math.sin(angle)
-    velocity = near.draw(torch.randn_like(path)) - mean
+    velocity = torch.where(still.unsqueeze(-1), 0.0, near.draw(torch.randn_like(path)) - mean)
     place = path - mean
 
     def kick(size: float, place: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rest, slope = reference.rest(readout, readout.predict(mean + place), observations)
-        force = slope @ readout.loading
+        value, force = rest(mean + place)
+        force = torch.where(still.unsqueeze(-1), 0.0, force)
         moved = velocity + size * near._solve(force)
-        return rest, moved, 0.5 * size * (force * (velocity + moved)).sum((-2, -1))
+        return value, moved, 0.5 * size * (force * (velocity + moved)).sum(-1)
 
     before, velocity, work = kick(0.5 * angle, place, velocity)
     after = before
@@ -89,10 +128,29 @@ def turned_path(
         place, velocity = cosine * place + sine * velocity, cosine * velocity - sine * place
         after, velocity, done = kick((0.5 if step == KICKS - 1 else 1.0) * angle, place, velocity)
         work = work + done
-    change = torch.nan_to_num(after - before - work, -torch.inf, torch.inf, -torch.inf)
-    acceptance = change.clamp(max=0.0).exp()
-    accepted = torch.rand_like(acceptance) < acceptance
-    return torch.where(accepted[..., None, None], mean + place, path), acceptance
+    change = after - before - work
+    blocks = change.new_zeros(*change.shape[:-1], int(block.max()) + 1)
+    change = blocks.index_add(-1, block.clamp(min=0), torch.where(still, 0.0, change))
+    acceptance = torch.nan_to_num(change, -torch.inf, torch.inf, -torch.inf).clamp(max=0.0).exp()
+    accepted = (torch.rand_like(acceptance) < acceptance)[..., block.clamp(min=0)] & ~still
+    return torch.where(accepted.unsqueeze(-1), mean + place, path), acceptance
+
+
+def parted(chain: GaussMarkov, path: Tensor, still: Tensor) -> GaussMarkov:
+    """The chain given the bins of ``path`` that stay ``still`` (time,): there it is at its place, and falls apart."""
+    upper, here = chain.upper, still.unsqueeze(-1)
+    # What the neighbours on either side know of a bin that stays.
+    ahead = (upper @ path[..., 1:, :].unsqueeze(-1)).squeeze(-1) * here[1:]
+    behind = (upper.mT @ path[..., :-1, :].unsqueeze(-1)).squeeze(-1) * here[:-1]
+    none = torch.zeros_like(ahead[..., :1, :])
+    linear = chain.linear - torch.cat([ahead, none], -2) - torch.cat([none, behind], -2)
+    eye = torch.eye(path.shape[-1], dtype=path.dtype)
+    either = (still[:-1] | still[1:])[:, None, None]
+    return GaussMarkov(
+        torch.where(here.unsqueeze(-1), eye, chain.diagonal),
+        torch.where(either, 0.0, upper),
+        torch.where(here, path, linear),
+    )
 
 
 def settled(

@@ -84,15 +84,20 @@ def draw_coefficients(sums: StepSums, precision: Tensor, mean: Tensor, sd: Tenso
 
     ``mean`` (regressor, latent) and ``sd`` (regressor,) are those of the prior.
     """
+    centre, root = coefficient_posterior(sums, precision, mean, sd)
+    noise = torch.randn(*centre.shape[:2], root.shape[-1], 1, dtype=centre.dtype)
+    apart = torch.linalg.solve_triangular(root.mT, noise, upper=True)
+    return centre + apart.squeeze(-1).unflatten(-1, centre.shape[-2:])
+
+
+def coefficient_posterior(sums: StepSums, precision: Tensor, mean: Tensor, sd: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of W (chain, mode, regressor, latent), and root of the precision of its flattened entries."""
     wide, dim = sums.cross.shape[-2:]
     weight = sd.square().reciprocal()
     hessian = (sums.gram[..., :, None, :, None] * precision[..., None, :, None, :]).flatten(-4, -3).flatten(-2)
-    hessian = hessian + torch.diag(weight.repeat_interleave(dim))
+    root = cholesky(hessian + torch.diag(weight.repeat_interleave(dim)))
     pull = (sums.cross @ precision + weight.unsqueeze(-1) * mean).flatten(-2).unsqueeze(-1)
-    root = cholesky(hessian)
-    centre = torch.cholesky_solve(pull, root)
-    drawn = centre + torch.linalg.solve_triangular(root.mT, torch.randn_like(pull), upper=True)
-    return drawn.squeeze(-1).unflatten(-1, (wide, dim))
+    return torch.cholesky_solve(pull, root).squeeze(-1).unflatten(-1, (wide, dim)), root
 
 
 def draw_precision(sums: StepSums, coefficients: Tensor, scale: Tensor, degrees: float) -> Tensor:

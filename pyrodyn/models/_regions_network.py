@@ -128,7 +128,7 @@ def _scored(
         else:
             noise, path = origin.noise, near.draw(origin.noise)
         rest, _ = sweep.reference(state).rest(readout, readout.predict(path), sweep.seen(state))
-        value = value + rest.sum(-1)
+        value = value + rest.sum((-2, -1))
     bad = ~(torch.isfinite(value) & torch.isfinite(slope).all(-1))
     return Scored(vector, torch.where(bad, -torch.inf, value), torch.where(bad.unsqueeze(-1), 0.0, slope), path, noise)
 

@@ -402,9 +402,14 @@ class AffineReadout(TorchDistribution):
 
     def expand_log(self, predictor: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log likelihood (*batch) up to terms that the predictor does not enter, `score` and `curvature`."""
+        kernel, score, curvature = self.expand_bins(predictor, value)
+        return kernel.sum(-1), score, curvature
+
+    def expand_bins(self, predictor: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `expand_log`, with the log likelihood of every bin, (*batch, time)."""
         kernel, score, curvature = self.law.expand_log(predictor, self.noise, value)
         score, curvature = self._where_observed(score), self._where_observed(curvature)
-        return self._where_observed(kernel).sum((-2, -1)), score, curvature
+        return self._where_observed(kernel).sum(-1), score, curvature
 
     def score(self, predictor: Tensor, value: Tensor) -> Tensor:
         """Derivative of the log likelihood in the predictor, zero where unobserved."""
