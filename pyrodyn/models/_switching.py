@@ -1,0 +1,363 @@
+r"""What models of switching linear dynamics share: the prior of the modes' steps, and its coordinates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyrodyn.distributions import GaugedLoading, SwitchingPath
+from pyrodyn.errors import ModelError
+from pyrodyn.linalg.matrix import cholesky
+from pyrodyn.linalg.taming import tame, untame
+from pyrodyn.program import Labelled
+from pyrodyn.recording import Recording
+
+SCALE = (0.5, 5.0)  # shape and rate of the prior of psi, the size of the process noise: mean .1, and small by habit
+RECURRENCE = (1.0, 1.0)  # shape and rate of the inverse-gamma prior of the variance of a logit's slope
+EXTRA_DEGREES = 2.0  # of freedom beyond the latents': the process noise has psi as its mean
+
+
+class ModeSteps(NamedTuple):
+    """Parameters of switching steps, each (*draw, 1, *event) or (*event)."""
+
+    initial: Tensor  # (mode)
+    transition: Tensor  # (mode, mode_to): rows sum to one
+    dynamics: Tensor  # (mode, latent, lag x latent): from earlier bins, the last first, to bin t; acts on columns
+    bias: Tensor  # (mode, latent)
+    process_noise: Tensor  # (mode, latent, latent), covariances
+    input_gain: Tensor | None  # (mode, latent, input)
+    recurrence: Tensor | None  # (mode, latent): what the state adds to the logit of the next mode
+    mode_gain: Tensor | None  # (mode, input): what an input adds to it
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> ModeSteps:
+        """All that is there, changed."""
+        parts: Any = (part if part is None else change(part) for part in self)
+        return ModeSteps(*parts)
+
+
+@dataclass(frozen=True)
+class StepPrior:
+    r"""Prior of switching steps.
+
+    .. math::
+        \pi &\sim \mathrm{Dir}(1), \qquad P_j \sim \mathrm{Dir}(\alpha + \kappa e_j), \\
+        A_k &= \mathrm{tame}(\bar A_k), \qquad \bar A_{k,ij} \sim N(a \delta_{ij}, s^2 / D), \qquad
+        b_k, B_k \sim N(0, s_b^2), \\
+        Q_k^{-1} &\sim \mathrm{Wishart}(D + 2, I / \psi), \qquad \psi \sim \mathrm{Gamma}, \\
+        R &= H v, \qquad v \sim N(0, \sigma_R^2), \qquad \sigma_R^2 \sim \mathrm{InverseGamma},
+
+    with `tame` scaling a matrix by its spectral radius to one below ``max_radius`` (see `pyrodyn.linalg.taming`): it
+    moves stable matrices hardly at all, and no draw of the prior explodes. With lags, entries of lag l have a standard
+    deviation l times smaller and mean zero. H has orthonormal columns that sum to zero: of the slopes only differences
+    between modes matter. All modes are exchangeable.
+
+    Attributes
+    ----------
+    modes, latent_dim, lags, num_inputs : int
+    concentration, stickiness : float
+        :math:`\alpha` and :math:`\kappa`.
+    persistence, dynamics_scale, bias_scale : float
+        a, s and s_b.
+    max_radius : float
+    recurrent : bool
+        Whether the state, and inputs, enter the transitions.
+    """
+
+    modes: int
+    latent_dim: int
+    lags: int
+    num_inputs: int
+    concentration: float
+    stickiness: float
+    persistence: float
+    dynamics_scale: float
+    bias_scale: float
+    max_radius: float
+    recurrent: bool
+
+    @property
+    def degrees(self) -> float:
+        """Of freedom of the Wishart prior."""
+        return self.latent_dim + EXTRA_DEGREES
+
+    @property
+    def switches(self) -> bool:
+        """Whether there is more than one mode."""
+        return self.modes > 1
+
+    @property
+    def counts(self) -> Tensor:
+        """Parameters of the Dirichlet priors of transitions, (mode, mode_to)."""
+        eye = torch.eye(self.modes, dtype=torch.float64)
+        return self.concentration + self.stickiness * eye
+
+    @property
+    def mean(self) -> Tensor:
+        """Of the free dynamics, (latent, lag x latent)."""
+        return self.persistence * torch.eye(self.latent_dim, self.lags * self.latent_dim, dtype=torch.float64)
+
+    @property
+    def sd(self) -> Tensor:
+        """Of the free dynamics, (lag x latent)."""
+        lag = torch.arange(self.lags, dtype=torch.float64).repeat_interleave(self.latent_dim) + 1.0
+        return self.dynamics_scale / math.sqrt(self.latent_dim) / lag
+
+    @property
+    def regressor_mean(self) -> Tensor:
+        """Of all coefficients of a step, (regressor, latent)."""
+        rest = torch.zeros(1 + self.num_inputs, self.latent_dim, dtype=torch.float64)
+        return torch.cat([self.mean.mT, rest])
+
+    def regressor_sd(self, input_scale: Tensor) -> Tensor:
+        """Of all coefficients of a step, (regressor,), inputs in their own units."""
+        bias = torch.full((1,), self.bias_scale, dtype=torch.float64)
+        return torch.cat([self.sd, bias, self.bias_scale / input_scale[: self.num_inputs]])
+
+    @property
+    def contrasts(self) -> Tensor:
+        """H, (mode, mode - 1)."""
+        return contrasts(self.modes)
+
+    def sample(self, recording: Recording) -> ModeSteps:
+        """Place the priors."""
+        modes, dim, device = self.modes, self.latent_dim, recording.device
+
+        def normal(name: str, mean: Tensor | float, sd: Tensor | float, *shape: int) -> Tensor:
+            law: Any = dist.Normal(
+                torch.as_tensor(mean, dtype=torch.float64, device=device), torch.as_tensor(sd).to(device)
+            )
+            return pyro.sample(name, law.expand(torch.Size(shape)).to_event(len(shape)))
+
+        one = torch.ones(1, dtype=torch.float64, device=device)
+        initial, transition = one, one.unsqueeze(-1)
+        if self.switches:
+            initial = pyro.sample("initial", dist.Dirichlet(one.expand(modes)))
+            transition = pyro.sample("transition", dist.Dirichlet(self.counts.to(device)).to_event(1))
+        free = normal("free_dynamics", self.mean, self.sd, modes, dim, self.lags * dim)
+        bias = normal("bias", 0.0, self.bias_scale, modes, dim)
+        gain = None
+        if self.num_inputs:
+            gain = normal("drive", 0.0, self.bias_scale, modes, dim, self.num_inputs) / recording.input_scale
+        shape, rate = (one.squeeze(0) * part for part in SCALE)
+        scale = pyro.sample("process_scale", dist.Gamma(shape, rate))
+        law = GaugedLoading(dim, dim, tuple(range(dim)), degrees=self.degrees)
+        root = pyro.sample("precision_root", law.expand((modes,)).to_event(1))
+        recurrence = mode_gain = None
+        if self.recurrent and self.switches:
+            shape, rate = (one.squeeze(0) * part for part in RECURRENCE)
+            spread = pyro.sample("recurrence_variance", dist.InverseGamma(shape, rate)).sqrt()[..., None, None]
+            basis = self.contrasts.to(device)
+            recurrence = basis @ (spread * normal("slopes", 0.0, 1.0, modes - 1, dim))
+            if self.num_inputs:
+                slopes = spread * normal("input_slopes", 0.0, 1.0, modes - 1, self.num_inputs)
+                mode_gain = basis @ slopes / recording.input_scale
+        return ModeSteps(
+            initial, transition, tame(free, self.max_radius), bias, process_noise(root, scale), gain, recurrence,
+            mode_gain,
+        )  # fmt: skip
+
+    def sites(
+        self, steps: ModeSteps, scale: Tensor, recurrence_variance: Tensor | None, input_scale: Tensor
+    ) -> dict[str, Tensor]:
+        """The program's sites that give these steps, each with the batch of the steps.
+
+        ``scale`` and ``recurrence_variance`` are the sites ``process_scale`` and ``recurrence_variance``.
+        """
+        found = {"free_dynamics": untame(steps.dynamics, self.max_radius), "bias": steps.bias, "process_scale": scale}
+        precision = scale[..., None, None, None] * torch.linalg.inv(steps.process_noise)
+        found["precision_root"] = cholesky(0.5 * (precision + precision.mT))
+        if self.switches:
+            found |= {"initial": steps.initial, "transition": steps.transition}
+        if steps.input_gain is not None:
+            found["drive"] = steps.input_gain * input_scale
+        if steps.recurrence is not None:
+            assert recurrence_variance is not None
+            spread = recurrence_variance.sqrt()[..., None, None]
+            found |= {"recurrence_variance": recurrence_variance}
+            found["slopes"] = self.contrasts.mT @ steps.recurrence / spread
+            if steps.mode_gain is not None:
+                found["input_slopes"] = self.contrasts.mT @ (steps.mode_gain * input_scale) / spread
+        return found
+
+    def path(
+        self, steps: ModeSteps, recording: Recording, inside: Tensor | None = None, start_scale: float = 1.0
+    ) -> SwitchingPath:
+        """Law of the path; its first bins are normal about zero with standard deviation ``start_scale``."""
+        drift, push = steps.bias.unsqueeze(-3), None
+        if steps.input_gain is not None and recording.inputs is not None:
+            later = recording.inputs[:, 1:]
+            driven = later @ steps.input_gain.flatten(-3, -2).mT
+            drift = drift + driven.unflatten(-1, steps.bias.shape[-2:])
+            if steps.mode_gain is not None:
+                push = later @ steps.mode_gain.mT
+        tiny = torch.finfo(torch.float64).tiny
+        eye = torch.eye(self.latent_dim, dtype=torch.float64, device=recording.device)
+        return SwitchingPath(
+            steps.initial.clamp(min=tiny).log(),
+            steps.transition.clamp(min=tiny).log(),
+            steps.dynamics,
+            drift,
+            steps.process_noise,
+            torch.zeros_like(eye[0]),
+            start_scale**2 * eye,
+            num_bins=recording.num_bins,
+            recurrence=steps.recurrence,
+            push=push,
+            inside=inside,
+        )
+
+
+def process_noise(root: Tensor, scale: Tensor) -> Tensor:
+    r"""Q (*batch, mode, latent, latent), from the root T of its precision :math:`T T^\top / \psi`."""
+    eye = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
+    inverse = torch.linalg.solve_triangular(root, eye.expand_as(root), upper=False)
+    return scale[..., None, None, None] * inverse.mT @ inverse
+
+
+def contrasts(modes: int) -> Tensor:
+    """Orthonormal columns (mode, mode - 1), each summing to zero over modes (Helmert's)."""
+    basis = torch.zeros(modes, modes - 1, dtype=torch.float64)
+    for k in range(1, modes):
+        basis[:k, k - 1] = 1.0
+        basis[k, k - 1] = -k
+        basis[:, k - 1] /= math.sqrt(k * (k + 1))
+    return basis
+
+
+def permuted(steps: ModeSteps, order: Tensor) -> ModeSteps:
+    """The same steps with mode ``order[..., k]`` as the new mode k; ``order`` (mode,) or (*batch, mode)."""
+
+    def along(value: Tensor, axis: int, event: int) -> Tensor:
+        """Take modes along an axis, counted from the right, of a value with so many event dims."""
+        shape = [1] * event
+        shape[axis] = order.shape[-1]
+        lead = (1,) * (value.dim() - event - order.dim() + 1)
+        return value.take_along_dim(order.reshape(*lead, *order.shape[:-1], *shape), axis)
+
+    def of(value: Tensor | None, event: int) -> Any:
+        return None if value is None else along(value, -event, event)
+
+    return ModeSteps(
+        of(steps.initial, 1),
+        along(along(steps.transition, -2, 2), -1, 2),
+        of(steps.dynamics, 3),
+        of(steps.bias, 2),
+        of(steps.process_noise, 3),
+        of(steps.input_gain, 3),
+        of(steps.recurrence, 2),
+        of(steps.mode_gain, 2),
+    )
+
+
+def rotated(steps: ModeSteps, turn: Tensor) -> ModeSteps:
+    """The same steps in latents ``turn' x``, for orthogonal ``turn`` (*batch, latent, latent)."""
+    of_modes = turn.unsqueeze(-3)
+    return steps._replace(
+        dynamics=of_modes.mT @ steps.dynamics @ of_modes,
+        bias=steps.bias @ turn,
+        process_noise=of_modes.mT @ steps.process_noise @ of_modes,
+        input_gain=None if steps.input_gain is None else of_modes.mT @ steps.input_gain,
+        recurrence=None if steps.recurrence is None else steps.recurrence @ turn,
+    )
+
+
+def mode_summaries(steps: ModeSteps, loading: Tensor) -> Labelled:
+    """What neither rotations of the latent nor the numbers of modes change.
+
+    Quantities of single modes are sorted, each by itself; sums over modes, as the units see them, tell which belongs to
+    which.
+    """
+    with torch.no_grad():
+        ends = torch.linalg.eigvals(steps.dynamics)
+        modulus, angle = (part.sort(-1, descending=True).values for part in (ends.abs(), ends.angle().abs()))
+        seen_noise = loading.unsqueeze(-3) @ steps.process_noise
+        noise = (seen_noise * loading.unsqueeze(-3)).sum(-1)  # (*batch, mode, unit)
+        drift = steps.bias @ loading.mT
+        step = ((loading.unsqueeze(-3) @ steps.dynamics) * loading.unsqueeze(-3)).sum(-1)
+        stay = steps.transition.diagonal(dim1=-2, dim2=-1)
+
+        def in_order(values: Tensor) -> Tensor:
+            return values.sort(-2, descending=True).values
+
+        found: Labelled = {
+            "eigenvalue_modulus": (("mode", "latent"), in_order(modulus)),
+            "eigenvalue_angle": (("mode", "latent"), in_order(angle)),
+            "stay_probability": (("mode",), stay.sort(-1, descending=True).values),
+            "innovation_sd": (("mode",), noise.sum(-1).sqrt().sort(-1, descending=True).values),
+            "drift_size": (("mode",), drift.square().sum(-1).sqrt().sort(-1, descending=True).values),
+            "initial_drift": (("unit",), (steps.initial.unsqueeze(-1) * drift).sum(-2)),
+            "lag_one_signal": (("unit",), (stay.unsqueeze(-1) * step).mean(-2)),
+            "drift_by_stay": (("unit",), (stay.unsqueeze(-1) * drift).mean(-2)),
+            "innovation_by_drift": (("unit",), (noise.sqrt() * drift).mean(-2)),
+        }
+        if steps.input_gain is not None:
+            effect = loading.unsqueeze(-3) @ steps.input_gain
+            found["input_effect"] = (("unit", "input"), effect.mean(-3))
+            found["input_by_drift"] = (("unit", "input"), (effect * drift.unsqueeze(-1)).mean(-3))
+        if steps.recurrence is not None:
+            size = steps.recurrence.square().sum(-1).sqrt()
+            found["recurrence_size"] = (("mode",), size.sort(-1, descending=True).values)
+            found["recurrence_by_drift"] = (("unit",), ((steps.recurrence @ loading.mT) * drift).mean(-2))
+            if steps.mode_gain is not None:
+                pushed = steps.mode_gain.unsqueeze(-2) * drift.unsqueeze(-1)
+                found["mode_gain_by_drift"] = (("unit", "input"), pushed.mean(-3))
+    return found
+
+
+def step_labels(steps: ModeSteps) -> Labelled:
+    """The parameters by name and dims."""
+    square = ("mode", "latent", "latent_from")
+    labelled: dict[str, Any] = {
+        "initial": (("mode",), steps.initial),
+        "transition": (("mode", "mode_to"), steps.transition),
+        "dynamics": (square, steps.dynamics),
+        "bias": (("mode", "latent"), steps.bias),
+        "process_noise": (square, steps.process_noise),
+    }
+    for name, dims in (
+        ("input_gain", ("mode", "latent", "input")),
+        ("recurrence", ("mode", "latent")),
+        ("mode_gain", ("mode", "input")),
+    ):
+        value = getattr(steps, name)
+        if value is not None:
+            labelled[name] = (dims, value)
+    return labelled
+
+
+def check_modes(model: Any, recording: Recording, lags: int) -> None:
+    """Refuse recordings on which modes cannot be told, or steps not be made."""
+    name = type(model).__name__
+    steps = int(torch.as_tensor(recording.lengths.copy() - lags).clamp(min=0).sum())
+    if model.num_modes > steps:
+        raise ModelError(
+            f"num_modes is {model.num_modes} but the recording has {steps} steps (bins of all trials but the first "
+            f"{lags} of each); lower num_modes"
+        )
+    if not recording.regular:
+        raise ModelError(
+            f"{name} steps from bin to bin and needs equally spaced bins, but the recording's time axis is irregular; "
+            "rebin it, or put the gaps into the mask"
+        )
+
+
+def check_options(model: Any) -> None:
+    """Refuse options out of their range; those that models of switching steps share."""
+    if isinstance(model.num_modes, bool) or not isinstance(model.num_modes, int) or model.num_modes < 1:
+        raise ModelError(f"num_modes must be a whole number of at least 1, got {model.num_modes!r}")
+    for name in ("concentration", "dynamics_scale", "bias_scale", "max_radius"):
+        if not getattr(model, name) > 0:
+            raise ModelError(f"{name} must be positive, got {getattr(model, name)!r}")
+    if not model.stickiness >= 0:
+        raise ModelError(f"stickiness must be 0 or more, got {model.stickiness!r}")
+    if not abs(model.persistence) < model.max_radius:
+        raise ModelError(
+            f"persistence must lie within max_radius, {model.max_radius}, of zero, got {model.persistence!r}"
+        )

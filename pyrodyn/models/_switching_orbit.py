@@ -1,0 +1,146 @@
+r"""Moves along what observations cannot tell: the latents' coordinates, and all that is written in them, together.
+
+Under :math:`x \mapsto G x + s` with everything else following, the likelihood stays as it is, and only the priors know
+one place of the orbit from another. Without such moves path and loading would hold each other where they are. The
+measure along the orbit is that of Liu & Sabatti, Biometrika 87:353 (2000).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pyrodyn.conditionals.transitions import elliptical_slice
+from pyrodyn.linalg.matrix import cholesky
+from pyrodyn.linalg.taming import lagged_radius, log_tame_jacobian, untame
+from pyrodyn.models._switching import StepPrior
+
+if TYPE_CHECKING:
+    from pyrodyn.models._switching_sweep import State, SwitchingSweep
+
+STRETCHES = 10  # proposals of a sweep: they need no pass over the data
+GOAL = 0.3  # acceptance of a stretch
+
+
+def log_step_prior(prior: StepPrior, dynamics: Tensor) -> Tensor:
+    """Log prior density (*batch, mode) of dynamics (*batch, mode, latent, lag x latent), up to a constant."""
+    free = untame(dynamics, prior.max_radius)
+    normal = -0.5 * ((free - prior.mean) / prior.sd).square().sum((-2, -1))
+    found = normal - log_tame_jacobian(free, prior.max_radius)
+    return torch.where(lagged_radius(dynamics) < prior.max_radius, found, -torch.inf)
+
+
+def reshape_latents(sweep: SwitchingSweep, state: State, adapt: bool) -> None:
+    """Random linear maps of the latents, near the identity."""
+    prior, dim = sweep.prior, sweep.prior.latent_dim
+    chains, trials, modes = len(state["path"]), state["path"].shape[1], prior.modes
+    first = state["path"][:, :, 0]
+    second = first.mT @ first  # of the bins whose prior the map changes
+    total = torch.eye(dim, dtype=torch.float64).repeat(chains, 1, 1)
+    held = {name: state[name] for name in _MOVED if name in state}
+    value = _log_prior(sweep, held, state, second)
+    # Powers of |det G| by which the measure grows: first bins, biases and inputs' gains of all modes, their process
+    # noise; and shrinks: loadings, slopes of logits.
+    grows = trials + modes * (1 + prior.num_inputs) + modes * (dim + 1) - state["loading"].shape[1]
+    grows -= (modes - 1) * ("slopes" in state)
+    rates = []
+    for _ in range(STRETCHES):
+        noise = torch.randn(chains, dim, dim, dtype=torch.float64)
+        change = torch.linalg.matrix_exp(state["stretch_step"][:, None, None] * noise)
+        log_det = (state["stretch_step"][:, None, None] * noise).diagonal(dim1=-2, dim2=-1).sum(-1)
+        ahead, ahead_second = _mapped(held, change, dim), change @ second @ change.mT
+        gained = _log_prior(sweep, ahead, state, ahead_second)
+        acceptance = torch.nan_to_num(gained - value + grows * log_det, nan=-torch.inf).clamp(max=0.0).exp()
+        accepted = torch.rand(chains, dtype=torch.float64) < acceptance
+
+        def chosen(new: Tensor, old: Tensor, accepted: Tensor = accepted) -> Tensor:
+            return torch.where(accepted.reshape(-1, *(1,) * (old.dim() - 1)), new, old)
+
+        held = {name: chosen(ahead[name], old) for name, old in held.items()}
+        second, value = chosen(ahead_second, second), chosen(gained, value)
+        total = chosen(change @ total, total)
+        rates.append(acceptance)
+    rate = torch.stack(rates).mean(0)
+    if adapt:
+        state["stretch_step"] = (state["stretch_step"] * (0.5 * (rate - GOAL)).exp()).clamp(1e-4, 1.0)
+    state["stretch_acceptance"] = rate
+    state["path"] = state["path"] @ total.mT.unsqueeze(1)
+    state |= held
+
+
+_MOVED = ("dynamics", "bias", "process_noise", "input_gain", "loading", "slopes")
+
+
+def _mapped(held: State, change: Tensor, dim: int) -> State:
+    """All that is written in latents ``G x``."""
+    inverse, of_modes = torch.linalg.inv(change), change.unsqueeze(1)
+    noise = of_modes @ held["process_noise"] @ of_modes.mT
+    found = {
+        "dynamics": of_modes @ held["dynamics"] @ inverse.unsqueeze(1),
+        "bias": held["bias"] @ change.mT,
+        "process_noise": 0.5 * (noise + noise.mT),
+        "loading": held["loading"] @ inverse,
+    }
+    if "input_gain" in held:
+        found["input_gain"] = of_modes @ held["input_gain"]
+    if "slopes" in held:
+        slopes = held["slopes"]
+        found["slopes"] = torch.cat([slopes[..., :dim] @ inverse, slopes[..., dim:]], -1)
+    return found
+
+
+def _log_prior(sweep: SwitchingSweep, held: State, state: State, second: Tensor) -> Tensor:
+    """Log prior (chain,) of what a map of the latents moves, and of the first bins with second moments ``second``."""
+    prior, dim = sweep.prior, sweep.prior.latent_dim
+    found = log_step_prior(prior, held["dynamics"]).sum(-1)
+    found = found - 0.5 * second.diagonal(dim1=-2, dim2=-1).sum(-1)
+    found = found - 0.5 * (held["bias"] / prior.bias_scale).square().sum((-2, -1))
+    if "input_gain" in held:
+        found = found - 0.5 * (held["input_gain"] * sweep.input_scale / prior.bias_scale).square().sum((-3, -2, -1))
+    found = found - 0.5 * (held["loading"] / sweep.loading_scale).square().sum((-2, -1))
+    precision = torch.linalg.inv(held["process_noise"])
+    trace = precision.diagonal(dim1=-2, dim2=-1).sum(-1)
+    log_det = torch.linalg.slogdet(held["process_noise"])[1]
+    scaled = state["process_scale"].unsqueeze(-1) * trace
+    found = found - 0.5 * ((prior.degrees + dim + 1.0) * log_det + scaled).sum(-1)
+    if "slopes" in held:
+        found = found - 0.5 * held["slopes"].square().sum((-2, -1)) / state["recurrence_variance"]
+    return found
+
+
+def shift_latents(sweep: SwitchingSweep, state: State) -> None:
+    """A shift s of the latents, from its conditional: normal, but for the table of transitions that depend on them."""
+    prior, dim = sweep.prior, sweep.prior.latent_dim
+    eye = torch.eye(dim, dtype=torch.float64)
+    first, loading = state["path"][:, :, 0], state["loading"]
+    pulled = eye - state["dynamics"]  # b + (I - A) s
+    weight = sweep.offset_prior.variance.reciprocal()
+    flat = pulled.flatten(1, 2)
+    hessian = first.shape[1] * eye + flat.mT @ flat / prior.bias_scale**2 + (loading.mT * weight) @ loading
+    apart = (state["offset"] - sweep.offset_prior.mean) * weight
+    slope = (
+        (apart.unsqueeze(-2) @ loading).squeeze(-2)
+        - first.sum(1)
+        - (state["bias"].flatten(1).unsqueeze(-2) @ flat).squeeze(-2) / prior.bias_scale**2
+    )
+    root = cholesky(hessian)
+    centre = torch.cholesky_solve(slope.unsqueeze(-1), root).squeeze(-1)
+    noise = torch.randn_like(centre).unsqueeze(-1)
+    drawn = torch.linalg.solve_triangular(root.mT, noise, upper=True).squeeze(-1)
+    if "slopes" in state:
+        table, slopes = state["table"], prior.contrasts @ state["slopes"][..., :dim]
+        counts = prior.counts
+
+        def rest(shift: Tensor) -> Tensor:
+            moved = table - (slopes @ shift.unsqueeze(-1)).squeeze(-1).unsqueeze(-2)
+            return (counts * moved - moved.exp()).sum((-2, -1))
+
+        shift = elliptical_slice(torch.zeros_like(centre), centre, drawn, rest)
+        state["table"] = table - (slopes @ shift.unsqueeze(-1)).squeeze(-1).unsqueeze(-2)
+    else:
+        shift = centre + drawn
+    state["path"] = state["path"] + shift[:, None, None]
+    state["bias"] = state["bias"] + (pulled @ shift[:, None, :, None]).squeeze(-1)
+    state["offset"] = state["offset"] - (loading @ shift.unsqueeze(-1)).squeeze(-1)

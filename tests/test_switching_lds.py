@@ -1,0 +1,252 @@
+"""Switching linear dynamics: the program, its symmetries, and every move of Gibbs against what it must leave alone."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pyro
+import pytest
+import scipy.stats
+import torch
+from pyro import poutine
+from torch import Tensor
+
+import pyrodyn as dyn
+from pyrodyn import readouts
+from pyrodyn.conditionals.modes import settle
+from pyrodyn.conditioning import path_evidence
+from pyrodyn.distributions import GaussMarkov
+from pyrodyn.errors import ModelError
+from pyrodyn.inference.engine import double_precision, random_stream
+from pyrodyn.models._switching_path import draw_path
+from pyrodyn.models.switching_lds import SwitchingLDS
+from pyrodyn.program import globals_given, log_joint
+from pyrodyn.readouts import AffineReadout
+
+
+def blank(trials: int = 2, bins: int = 9, units: int = 3, *, counts: bool, inputs: int = 0, **options: Any):
+    rng = np.random.default_rng(0)
+    return dyn.Recording.from_arrays(
+        np.zeros((trials, bins, units)),
+        bin_width=0.05,
+        unit=range(units),
+        counts=counts,
+        center=np.zeros(units) if counts else np.linspace(-1.0, 5.0, units),
+        scale=np.ones(units) if counts else np.linspace(0.5, 4.0, units),
+        inputs=2.0 * rng.normal(size=(trials, bins, inputs)) if inputs else None,
+        **options,
+    ).blank()
+
+
+def prior_draws(model: SwitchingLDS, like, draws: int, seed: int) -> dict[str, Tensor]:
+    with random_stream(seed), pyro.plate("draw", draws, dim=-2):
+        trace = poutine.trace(model.sample_globals).get_trace(like)
+    return {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes if name != "draw"}
+
+
+# ----------------------------------------------------------------------------------------- the posterior as a whole
+
+JOINT = {
+    "plain": SwitchingLDS(2, 2, stickiness=2.0, readout=readouts.Gaussian()),
+    "recurrent": SwitchingLDS(2, 2, recurrent=True, stickiness=2.0, readout=readouts.Gaussian()),
+    "counts": SwitchingLDS(2, 1, recurrent=True, stickiness=2.0),
+}
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_sweeps_with_data_drawn_anew_leave_the_prior_alone(name):
+    """Geweke's test: a fault in any move, or in any prior that it uses, moves the parameters away from their prior."""
+    model, groups, sweeps = JOINT[name], 400, 25
+    rng = np.random.default_rng(1)
+    mask = rng.random((2, 9, 3)) > 0.2
+    counts = not model.readout.is_gaussian
+    like = blank(counts=counts, inputs=1, mask=mask, lengths=[9, 6])
+    with torch.no_grad(), double_precision():
+        values = prior_draws(model, like, groups, 1)
+        parameters = globals_given(model, values, like)
+        with random_stream(2):
+            path, modes = model.latent_path(parameters, like).expand((groups, 2)).sample_jointly()
+            seen = torch.where(like.mask, model.readout_law(parameters, path, like).sample(), 0.0)
+        sweep = model.conditionals(like.with_observations(seen[0]), seen)
+        with random_stream(3):
+            state = sweep.start({n: v.squeeze(1) for n, v in values.items()}, 1)
+            total = sweep.prior.counts.sum(-1)
+            rows = torch._standard_gamma(total.expand(groups, -1)) / total
+            state |= {"path": path, "modes": modes, "table": state["table"] + rows.log().unsqueeze(-1)}
+            for _ in range(sweeps):
+                state = sweep.sweep(state, 1.0)
+                noise = state["noise"].unsqueeze(1) if "noise" in state else None
+                law = AffineReadout(
+                    model.readout, state["path"], state["loading"].unsqueeze(1), state["offset"].unsqueeze(1), noise
+                )
+                sweep.values = torch.where(like.mask, law.sample(), 0.0)
+            sites = {n: v.unsqueeze(1) for n, v in sweep.sites(state).items()}
+        fresh = prior_draws(model, like, 8000, 4)
+        moved, reference = globals_given(model, sites, like), globals_given(model, fresh, like)
+        with random_stream(5):
+            paths, chosen = model.latent_path(reference, like).expand((8000, 2)).sample_jointly()
+
+        def statistics(parameters, sites, path, modes, loading) -> dict[str, np.ndarray]:
+            found = {}
+            for key, (_, value) in model.invariants(parameters).items():
+                flat = value.flatten(1)
+                found |= {f"{key}[{i}]": flat[:, i].numpy() for i in range(flat.shape[-1])}
+            found["scale"] = sites["process_scale"].flatten().numpy()
+            if "recurrence_variance" in sites:
+                found["slopes"] = sites["recurrence_variance"].flatten().numpy()
+            found["start"] = path[:, 0, 0].square().sum(-1).numpy()
+            found["predictor"] = (path[:, 1, 4] * loading[:, 0]).sum(-1).abs().numpy()
+            switches = (modes[:, 1, 1:6] != modes[:, 1, :5]).sum(-1)
+            return found | {"switches": switches.double().numpy()}
+
+        of_chain = statistics(moved, sites, state["path"], state["modes"], state["loading"])
+        of_prior = statistics(reference, fresh, paths, chosen, reference.loading.squeeze(1))
+    p = {key: scipy.stats.ks_2samp(of_chain[key], of_prior[key]).pvalue for key in of_chain}
+    assert min(p.values()) > 5e-4, {key: value for key, value in p.items() if value < 5e-4}
+    assert np.mean([value < 0.05 for value in p.values()]) < 0.2
+
+
+# ---------------------------------------------------------------------------------------------- all paths of the modes
+
+
+def small() -> tuple[SwitchingLDS, Any, Any, Tensor, list]:
+    """One trial of eight bins with two modes: model, recording, parameters, and all 256 paths with log weights."""
+    model = SwitchingLDS(2, 1, stickiness=3.0, readout=readouts.Gaussian())
+    like = blank(1, 8, 2, counts=False)
+    with torch.no_grad(), double_precision():
+        values = prior_draws(model, like, 1, 15)
+        values["process_scale"] = torch.full_like(values["process_scale"], 0.3)
+        values["bias"] = torch.tensor([[-0.3], [0.3]]).double().expand_as(values["bias"])
+        parameters = globals_given(model, {n: v[0] for n, v in values.items()}, like)
+        with random_stream(15):
+            path = model.latent_path(parameters, like).sample()
+            recording = like.with_observations(model.readout_law(parameters, path, like).sample())
+        law = model.latent_path(parameters, recording)
+        sequences = list(itertools.product(range(2), repeat=8))
+        chosen = torch.nn.functional.one_hot(torch.tensor(sequences), 2).double().unsqueeze(1)
+        prior = law.given_modes(chosen)
+        weights = path_evidence(prior, model.readout_law(parameters, prior.mean, recording), recording.values)
+        weights = weights.squeeze(1)
+        transition, initial = parameters.transition.log().squeeze(0), parameters.initial.log().squeeze(0)
+        for i, modes in enumerate(sequences):
+            steps = sum(transition[a, b] for a, b in itertools.pairwise(modes))
+            weights[i] = weights[i] + initial[modes[0]] + steps
+        return model, recording, parameters, values, (chosen.squeeze(1), weights)
+
+
+def test_gibbs_over_path_and_modes_agrees_with_all_mode_paths():
+    model, recording, _, values, (chosen, weights) = small()
+    expected = torch.einsum("p,ptk->tk", torch.softmax(weights, 0), chosen)
+    assert float(expected[..., 0].min()) > 0.05 and float((expected - 0.5).abs().max()) > 0.3  # not a trivial case
+    many = 3000
+    with torch.no_grad(), double_precision(), random_stream(13):
+        sweep = model.conditionals(recording)
+        state = sweep.start({n: v[0, 0] for n, v in values.items()}, many)
+        for _ in range(40):
+            draw_path(sweep, state)
+            sweep._draw_modes(state)
+    share = torch.nn.functional.one_hot(state["modes"][:, 0], 2).double().mean(0)
+    error = (expected * (1.0 - expected) / many).sqrt()
+    assert float(((share - expected) / error).abs().max()) < 4.0
+
+
+def test_the_bound_of_path_and_modes_climbs_and_stays_below_the_evidence():
+    model, recording, parameters, _, (_, weights) = small()
+    evidence = float(torch.logsumexp(weights, 0))
+    law = model.latent_path(parameters, recording)
+    readout = model.readout_law(parameters, torch.zeros(1, 8, 1).double(), recording)
+    bounds = [float(settle(law, readout, recording.values, (1,), rounds).bound) for rounds in range(1, 30)]
+    assert all(later >= earlier - 1e-9 for earlier, later in itertools.pairwise(bounds))
+    assert evidence - 1.0 < bounds[-1] < evidence
+
+
+# ---------------------------------------------------------------------------------------------- the program
+
+
+def test_one_mode_is_a_linear_system():
+    model = SwitchingLDS(1, 2, readout=readouts.Gaussian())
+    like = blank(3, 12, 4, counts=False, inputs=2)
+    with torch.no_grad(), double_precision():
+        values = prior_draws(model, like, 4, 2)
+        parameters = globals_given(model, values, like)
+        law = model.latent_path(parameters, like)
+        drift = parameters.bias + like.inputs[:, 1:] @ parameters.input_gain.squeeze(-3).mT
+        chain = GaussMarkov.from_dynamics(
+            parameters.dynamics.squeeze(-3), parameters.process_noise.squeeze(-3), num_bins=12,
+            initial_covariance=torch.eye(2), drift=drift,
+        )  # fmt: skip
+        with random_stream(0):
+            path = chain.expand((4, 3)).sample()
+        torch.testing.assert_close(law.log_prob(path), chain.log_prob(path), rtol=1e-12, atol=1e-10)
+        given = law.given_modes(torch.ones(4, 3, 12, 1).double())
+        torch.testing.assert_close(given.mean, chain.mean, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(given.covariance, chain.covariance, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("options", [{}, {"recurrent": True}], ids=["plain", "recurrent"])
+def test_sites_and_steps_are_inverse(options):
+    model = SwitchingLDS(3, 2, readout=readouts.Gaussian(), **options)
+    like = blank(counts=False, inputs=1)
+    with torch.no_grad(), double_precision():
+        values = {n: v.squeeze(1) for n, v in prior_draws(model, like, 6, 3).items()}
+        steps = globals_given(model, {n: v.unsqueeze(1) for n, v in values.items()}, like).steps
+        found = model.step_prior(like).sites(
+            steps.map(lambda part: part.squeeze(1)), values["process_scale"], values.get("recurrence_variance"),
+            like.input_scale,
+        )  # fmt: skip
+    assert found.keys() == values.keys() - {"weights", "offset", "noise_sd"}
+    for name, value in found.items():
+        torch.testing.assert_close(value, values[name], rtol=1e-4 if name == "free_dynamics" else 1e-9, atol=1e-9)
+
+
+def test_chains_that_start_in_permuted_modes_are_numbered_alike():
+    model, recording, _, values, _ = small()
+    swapped = dict(values)
+    for name in ("free_dynamics", "bias", "precision_root", "initial"):
+        swapped[name] = values[name].flip(-len(values[name].shape) + 2)
+    swapped["transition"] = values["transition"].flip(-1, -2)
+    with torch.no_grad(), double_precision(), random_stream(1):
+        sweep = model.conditionals(recording)
+        state = sweep.start({n: v[0, 0] for n, v in values.items()}, 2)
+        other = sweep.start({n: v[0, 0] for n, v in swapped.items()}, 2)
+        density = [
+            log_joint(poutine.condition(model, data={"latent": state["path"][:1]}), s, recording)
+            for s in (values, swapped)
+        ]
+        torch.testing.assert_close(*density)  # the program does not know which is which
+        torch.testing.assert_close(other["bias"], state["bias"].flip(1))
+        for name in ("aim", "path", "modes"):
+            other[name] = state[name]
+        other["modes"] = 1 - state["modes"]
+        for name, value in sweep.sites(state).items():
+            torch.testing.assert_close(sweep.sites(other)[name], value)
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_modes": 0}, "num_modes must be a whole number of at least 1, got 0"),
+        ({"latent_dim": 1.5}, "latent_dim must be a whole number of at least 1, got 1.5"),
+        ({"stickiness": -1.0}, "stickiness must be 0 or more, got -1.0"),
+        ({"concentration": 0.0}, "concentration must be positive, got 0.0"),
+        ({"persistence": 1.2}, "persistence must lie within max_radius, 1.05, of zero, got 1.2"),
+        ({"readout": "poisson"}, "readout must be one of pyrodyn.readouts"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, said):
+    with pytest.raises(ModelError, match=said):
+        SwitchingLDS(**({"num_modes": 2, "latent_dim": 1} | options))
+
+
+def test_recordings_that_do_not_fit_are_refused():
+    like = blank(1, 4, 2, counts=True)
+    with pytest.raises(ModelError, match="num_modes is 4 but the recording has 3 steps"):
+        SwitchingLDS(4, 1).check(like)
+    with pytest.raises(ModelError, match="latent_dim is 3 but the recording has 2 units"):
+        SwitchingLDS(2, 3).check(like)
+    SwitchingLDS(3, 1).check(like)
