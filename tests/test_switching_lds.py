@@ -11,10 +11,11 @@ import pytest
 import scipy.stats
 import torch
 from pyro import poutine
+from pyro.infer import Trace_ELBO
 from torch import Tensor
 
 import pyrodyn as dyn
-from pyrodyn import readouts
+from pyrodyn import guides, readouts
 from pyrodyn.conditionals.modes import settle
 from pyrodyn.conditioning import path_evidence
 from pyrodyn.distributions import GaussMarkov
@@ -160,6 +161,45 @@ def test_the_bound_of_path_and_modes_climbs_and_stays_below_the_evidence():
     bounds = [float(settle(law, readout, recording.values, (1,), rounds).bound) for rounds in range(1, 30)]
     assert all(later >= earlier - 1e-9 for earlier, later in itertools.pairwise(bounds))
     assert evidence - 1.0 < bounds[-1] < evidence
+
+
+class Held(torch.nn.Module):
+    """A guide of the globals that holds them where they are."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def forward(self, recording) -> dict[str, Tensor]:
+        return self.values
+
+
+def test_the_structured_guide_brackets_the_evidence_and_has_its_mode_probabilities():
+    model, recording, parameters, values, (chosen, weights) = small()
+    evidence = float(torch.logsumexp(weights, 0))
+    expected = torch.einsum("p,ptk->tk", torch.softmax(weights, 0), chosen)
+    held = {name: value[0, 0] for name, value in values.items()}
+    with double_precision(), random_stream(0), pyro.settings.context(module_local_params=True):
+        start = guides.Start(held, None)
+        guide: Any = guides.Structured(lambda *_: Held(held))(model, recording, start)
+        program = poutine.condition(model, data=held)
+        elbo: Any = Trace_ELBO(num_particles=16, vectorize_particles=True, max_plate_nesting=1)(program, guide)
+        optimiser = torch.optim.Adam(guide.parameters(), lr=0.03)
+        for step in range(250):
+            optimiser.param_groups[0]["lr"] = 0.03 * (1.0 - step / 250) + 1e-4
+            optimiser.zero_grad()
+            elbo(recording).backward()
+            optimiser.step()
+        with torch.no_grad():
+            law = guide.path_given(held, recording)
+            path = law.sample((20_000,))
+            prior = model.latent_path(parameters, recording)
+            fit = model.readout_law(parameters, path, recording).log_prob(recording.values)
+            ratio = (prior.log_prob(path) + fit - law.log_prob(path)).squeeze(-1)
+            share = prior.mode_probabilities(path).mean(0)[0]
+    below, above = float(ratio.mean()), 0.5 * float(torch.logsumexp(2.0 * ratio, 0) - np.log(20_000))
+    assert below < evidence < above < below + 1.0
+    assert float((share - expected).abs().sum(-1).max()) / 2 < 0.05
 
 
 # ---------------------------------------------------------------------------------------------- the program

@@ -1,6 +1,7 @@
 """Whole trajectories, switching or not, gauged matrices, and networks of dynamics, as single random variables."""
 
 from pyrodyn.distributions.affine_subspace import SubspaceNormal
+from pyrodyn.distributions.bent_chain import BentChain
 from pyrodyn.distributions.euler_maruyama import EulerMaruyama
 from pyrodyn.distributions.gauss_markov import GaussMarkov
 from pyrodyn.distributions.gaussian_process import GaussianProcess
@@ -14,6 +15,7 @@ from pyrodyn.distributions.transition import Transition
 from pyrodyn.distributions.varying import varying_chain
 
 __all__ = [
+    "BentChain",
     "EulerMaruyama",
     "GaugedLoading",
     "GaussMarkov",

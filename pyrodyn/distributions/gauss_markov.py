@@ -306,6 +306,12 @@ class GaussMarkov(TorchDistribution):
         *_, columns, layout = as_columns(wide.diagonal, wide.upper, noise)
         return self.mean + from_columns(self._factor.colour(columns), layout)
 
+    def whiten(self, path: Tensor) -> Tensor:
+        """The noise that `transform` maps to ``path``."""
+        wide = GaussMarkov(self.diagonal, self.upper, path)
+        *_, columns, layout = as_columns(wide.diagonal, wide.upper, path - self.mean)
+        return from_columns(self._factor.uncolour(columns), layout)
+
     def draw(self, noise: Tensor) -> Tensor:
         """Map iid standard normal ``noise`` (*batch, time, latent) to a path, fast and without gradients.
 

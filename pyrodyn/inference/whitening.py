@@ -17,11 +17,14 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyrodyn.conditionals.modes import settle
 from pyrodyn.conditioning import find_mode, linearised_potential
-from pyrodyn.distributions import GaussianProcess, GaussMarkov, NonlinearMarkov
+from pyrodyn.distributions import GaussianProcess, GaussMarkov, NonlinearMarkov, SwitchingPath
 from pyrodyn.program import OBSERVATION_DIMS, Program, StateSpaceModel, globals_given, trial_plate
 from pyrodyn.readouts import AffineReadout
 from pyrodyn.recording import Recording
+
+SETTLING = 15  # rounds in which the modes and the path of switching dynamics find each other
 
 
 def whiten(program: Program, recording: Recording, values: Mapping[str, Tensor]) -> tuple[Program, str]:
@@ -32,10 +35,19 @@ def whiten(program: Program, recording: Recording, values: Mapping[str, Tensor])
     path = program.latent_path(parameters, recording)
     if isinstance(path, NonlinearMarkov | GaussianProcess):
         return Whitened(program, None), "sampled, whitened by its prior"
-    if not isinstance(path, GaussMarkov):
+    if not isinstance(path, GaussMarkov | SwitchingPath):
         return program, "sampled as the program has it"
-    readout = program.readout_law(parameters, path.linear.new_zeros(recording.num_trials, *path.event_shape), recording)
-    if recording.observations is None or not isinstance(readout, AffineReadout):
+    zeros = torch.zeros(recording.num_trials, *path.event_shape, dtype=torch.float64, device=recording.device)
+    readout = program.readout_law(parameters, zeros, recording)
+    seen = recording.observations is not None and isinstance(readout, AffineReadout)
+    if isinstance(path, SwitchingPath):
+        if not seen:
+            return program, "sampled as the program has it"
+        with torch.no_grad():
+            found = settle(path, readout, recording.values, (recording.num_trials,), SETTLING)
+        whitened = Whitened(program, found.chain.mean, found.weight)
+        return whitened, "sampled, modes summed out exactly, whitened by a Gaussian given probabilities of modes"
+    if not seen:
         return Whitened(program, None), "sampled, whitened by its prior"
     with torch.no_grad():
         point = find_mode(path, readout, recording.values)
@@ -50,10 +62,13 @@ class Whitened:
     ----------
     point : Tensor or None, (trial, time, latent)
         Where the likelihood is expanded; None whitens by the prior.
+    weight : Tensor, (trial, time, mode), optional
+        Of a path whose dynamics switch: the probabilities of modes that give the Gaussian.
     """
 
     model: StateSpaceModel
     point: Tensor | None
+    weight: Tensor | None = None
 
     def __call__(self, recording: Recording) -> Tensor:
         parameters = self.model.sample_globals(recording)
@@ -76,7 +91,8 @@ class Whitened:
         if self.point is None:
             return prior.transform(noise), None
         readout = self.model.readout_law(parameters, self.point, recording)
-        local = prior.condition(*linearised_potential(readout, self.point, recording.values))
+        chain = prior if self.weight is None else prior.given_modes(self.weight)
+        local = chain.condition(*linearised_potential(readout, self.point, recording.values))
         path = local.transform(noise)
         return path, prior.log_prob(path) - local.log_prob(path)
 

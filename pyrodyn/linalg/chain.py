@@ -132,6 +132,10 @@ class ChainFactor:
             noise = _interleave(noise, odd)
         return noise
 
+    def uncolour(self, states: Tensor) -> Tensor:
+        """The inverse of `colour`."""
+        return self.noise_of(states)
+
     def marginals(self) -> tuple[Tensor, Tensor]:
         """Blocks of J^-1: Cov(x_t) (*batch, time, latent, latent) and Cov(x_t, x_t+1) (*batch, time - 1, ...)."""
         identity = torch.eye(self.latent_dim, dtype=self._last.dtype, device=self._last.device)

@@ -102,6 +102,10 @@ class CompiledFactor:
         """
         return self._parallel.colour(noise)
 
+    def uncolour(self, states: Tensor) -> Tensor:
+        """The inverse of `colour`."""
+        return self._parallel.noise_of(states)
+
     def draw(self, noise: Tensor) -> Tensor:
         """As `colour`, without gradients and by another square root, the cheapest; `noise_of` is its inverse."""
         return self._apply(_kernels.colour, noise)
