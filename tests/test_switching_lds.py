@@ -147,7 +147,7 @@ def test_gibbs_over_path_and_modes_agrees_with_all_mode_paths():
         state = sweep.start({n: v[0, 0] for n, v in values.items()}, many)
         for _ in range(40):
             draw_path(sweep, state)
-            sweep._draw_modes(state)
+            sweep.moves.draw_modes(state, state["path"])
     share = torch.nn.functional.one_hot(state["modes"][:, 0], 2).double().mean(0)
     error = (expected * (1.0 - expected) / many).sqrt()
     assert float(((share - expected) / error).abs().max()) < 4.0

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyrodyn.distributions import GaugedLoading, SwitchingPath
 from pyrodyn.errors import ModelError
 from pyrodyn.linalg.matrix import cholesky
-from pyrodyn.linalg.taming import tame, untame
+from pyrodyn.linalg.taming import lagged_radius, log_tame_jacobian, tame, untame
 from pyrodyn.program import Labelled
 from pyrodyn.recording import Recording
 
@@ -119,6 +119,16 @@ class StepPrior:
         """Of all coefficients of a step, (regressor,), inputs in their own units."""
         bias = torch.full((1,), self.bias_scale, dtype=torch.float64)
         return torch.cat([self.sd, bias, self.bias_scale / input_scale[: self.num_inputs]])
+
+    def log_normal(self, dynamics: Tensor) -> Tensor:
+        """Log density (*batch, mode) of free dynamics, up to a constant."""
+        return -0.5 * ((dynamics - self.mean) / self.sd).square().sum((-2, -1))
+
+    def log_dynamics(self, dynamics: Tensor) -> Tensor:
+        """Log prior density (*batch, mode) of dynamics (*batch, mode, latent, lag x latent), up to a constant."""
+        free = untame(dynamics, self.max_radius)
+        found = self.log_normal(free) - log_tame_jacobian(free, self.max_radius)
+        return torch.where(lagged_radius(dynamics) < self.max_radius, found, -torch.inf)
 
     @property
     def contrasts(self) -> Tensor:
@@ -330,6 +340,11 @@ def step_labels(steps: ModeSteps) -> Labelled:
         if value is not None:
             labelled[name] = (dims, value)
     return labelled
+
+
+def inside_of(recording: Recording) -> Tensor:
+    """Which bins lie before a trial's end, (trial, time)."""
+    return torch.arange(recording.num_bins) < torch.from_numpy(recording.lengths.copy()).unsqueeze(-1)
 
 
 def check_modes(model: Any, recording: Recording, lags: int) -> None:

@@ -14,22 +14,13 @@ from torch import Tensor
 
 from pyrodyn.conditionals.transitions import elliptical_slice
 from pyrodyn.linalg.matrix import cholesky
-from pyrodyn.linalg.taming import lagged_radius, log_tame_jacobian, untame
-from pyrodyn.models._switching import StepPrior
+from pyrodyn.models._switching_moves import State
 
 if TYPE_CHECKING:
-    from pyrodyn.models._switching_sweep import State, SwitchingSweep
+    from pyrodyn.models._switching_sweep import SwitchingSweep
 
 STRETCHES = 10  # proposals of a sweep: they need no pass over the data
 GOAL = 0.3  # acceptance of a stretch
-
-
-def log_step_prior(prior: StepPrior, dynamics: Tensor) -> Tensor:
-    """Log prior density (*batch, mode) of dynamics (*batch, mode, latent, lag x latent), up to a constant."""
-    free = untame(dynamics, prior.max_radius)
-    normal = -0.5 * ((free - prior.mean) / prior.sd).square().sum((-2, -1))
-    found = normal - log_tame_jacobian(free, prior.max_radius)
-    return torch.where(lagged_radius(dynamics) < prior.max_radius, found, -torch.inf)
 
 
 def reshape_latents(sweep: SwitchingSweep, state: State, adapt: bool) -> None:
@@ -94,11 +85,13 @@ def _mapped(held: State, change: Tensor, dim: int) -> State:
 def _log_prior(sweep: SwitchingSweep, held: State, state: State, second: Tensor) -> Tensor:
     """Log prior (chain,) of what a map of the latents moves, and of the first bins with second moments ``second``."""
     prior, dim = sweep.prior, sweep.prior.latent_dim
-    found = log_step_prior(prior, held["dynamics"]).sum(-1)
+    found = prior.log_dynamics(held["dynamics"]).sum(-1)
     found = found - 0.5 * second.diagonal(dim1=-2, dim2=-1).sum(-1)
     found = found - 0.5 * (held["bias"] / prior.bias_scale).square().sum((-2, -1))
     if "input_gain" in held:
-        found = found - 0.5 * (held["input_gain"] * sweep.input_scale / prior.bias_scale).square().sum((-3, -2, -1))
+        found = found - 0.5 * (held["input_gain"] * sweep.moves.input_scale / prior.bias_scale).square().sum(
+            (-3, -2, -1)
+        )
     found = found - 0.5 * (held["loading"] / sweep.loading_scale).square().sum((-2, -1))
     precision = torch.linalg.inv(held["process_noise"])
     trace = precision.diagonal(dim1=-2, dim2=-1).sum(-1)

@@ -15,10 +15,11 @@ from torch import Tensor
 from pyrodyn.conditionals.paths import gaussian_path, turn
 from pyrodyn.conditioning import outer
 from pyrodyn.distributions import GaussMarkov
+from pyrodyn.models._switching_moves import State
 from pyrodyn.readouts import AffineReadout
 
 if TYPE_CHECKING:
-    from pyrodyn.models._switching_sweep import State, SwitchingSweep
+    from pyrodyn.models._switching_sweep import SwitchingSweep
 
 NEWTON = 3  # expansions about the path, the last of which the move is made with
 FARTHEST = 2.0  # that a predictor or a logit moves in one of them: exp() overshoots from afar
@@ -28,7 +29,7 @@ Expansion = tuple[Tensor, Tensor, Tensor]  # value (chain, trial, time), slope (
 
 
 def draw_path(sweep: SwitchingSweep, state: State) -> None:
-    law = sweep.prior.path(sweep.steps(state), sweep.recording)
+    law = sweep.prior.path(sweep.moves.steps(state), sweep.recording)
     weight = torch.nn.functional.one_hot(state["modes"], sweep.prior.modes).to(torch.float64)
     chain = law.given_modes(weight)
     zeros = torch.zeros(*chain.batch_shape, *chain.event_shape, dtype=torch.float64)
@@ -69,7 +70,7 @@ def _expansion(
         rows = torch.gather(state["table"], 1, before.flatten(1).unsqueeze(-1).expand(-1, -1, modes))
         base = rows.unflatten(1, before.shape[1:])
         base = base if push is None else base + push
-        counted = sweep.inside[:, 1:].to(torch.float64)
+        counted = sweep.moves.inside[:, 1:].to(torch.float64)
         taken = torch.nn.functional.one_hot(after, modes)
 
     def expand(path: Tensor) -> Expansion:

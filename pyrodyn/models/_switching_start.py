@@ -25,7 +25,7 @@ from pyrodyn.distributions import GaussMarkov
 from pyrodyn.linalg import mode_log_normaliser
 from pyrodyn.linalg.taming import lagged_radius
 from pyrodyn.models._startup import linear_start
-from pyrodyn.models._switching import RECURRENCE, SCALE, ModeSteps, StepPrior, rotated
+from pyrodyn.models._switching import RECURRENCE, SCALE, ModeSteps, StepPrior, inside_of, rotated
 from pyrodyn.readouts import AffineReadout, Readout
 from pyrodyn.recording import Recording
 
@@ -291,10 +291,6 @@ def _maximise(
 
 def _pairs_of(weight: Tensor) -> Tensor:
     return torch.einsum("sbtj,sbtk->sjk", weight[..., :-1, :], weight[..., 1:, :])
-
-
-def inside_of(recording: Recording) -> Tensor:
-    return torch.arange(recording.num_bins) < torch.from_numpy(recording.lengths.copy()).unsqueeze(-1)
 
 
 def _input_scale(recording: Recording) -> Tensor:
