@@ -39,6 +39,48 @@ class ModePotentials(NamedTuple):
     likelihood: Tensor  # (*batch, time, mode)
 
 
+class GivenModes(TorchDistribution):
+    """Modes given what was observed: event (time), whole numbers from 0.
+
+    Parameters
+    ----------
+    potentials : ModePotentials
+    """
+
+    arg_constraints = {}
+
+    def __init__(self, potentials: ModePotentials) -> None:
+        self.potentials = potentials
+        initial, transition, likelihood = potentials
+        batch = broadcast_shapes(initial.shape[:-1], transition.shape[:-3], likelihood.shape[:-2])
+        super().__init__(batch, likelihood.shape[-2:-1], validate_args=False)
+
+    @constraints.dependent_property(is_discrete=True, event_dim=1)
+    def support(self):
+        return constraints.independent(constraints.integer_interval(0, self.potentials.initial.shape[-1] - 1), 1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        initial, transition, likelihood = self.potentials
+        modes, bins, lead = initial.shape[-1], value.shape[-1], value.shape[:-1]
+        first = initial.expand(*lead, modes).gather(-1, value[..., :1]).squeeze(-1)
+        seen = likelihood.expand(*lead, bins, modes).gather(-1, value.unsqueeze(-1)).sum((-2, -1))
+        pairs = (value[..., :-1] * modes + value[..., 1:]).unsqueeze(-1)
+        steps = transition.flatten(-2).expand(*lead, bins - 1, modes**2).gather(-1, pairs).sum((-2, -1))
+        return first + seen + steps - mode_log_normaliser(*self.potentials)
+
+    def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 (torch's own signature)
+        shape = self._extended_shape(sample_shape)
+        initial, transition, likelihood = self.potentials
+        with torch.no_grad():
+            likelihood = likelihood.expand(*shape, likelihood.shape[-1])
+            return sample_modes(initial, transition, likelihood).squeeze(-2)
+
+    def expand(self, batch_shape, _instance=None) -> GivenModes:
+        initial, transition, likelihood = self.potentials
+        wide = likelihood.expand(*batch_shape, *likelihood.shape[-2:])
+        return GivenModes(ModePotentials(initial, transition, wide))
+
+
 class SwitchingPath(TorchDistribution):
     r"""A path under switching linear dynamics, modes summed out.
 
@@ -126,6 +168,12 @@ class SwitchingPath(TorchDistribution):
             each = torch.where(self.inside[:, self.lags :].unsqueeze(-1), each, 0.0)
         none = each.new_zeros(*each.shape[:-2], self.lags, self.num_modes)
         return torch.cat([none, each], -2)
+
+    def step_means(self, path: Tensor) -> Tensor:
+        """Mean (*batch, time - lag, mode, latent) of the step into each bin but the first under each mode."""
+        drift = self.drift if self.drift.shape[-3] == 1 else self.drift[..., self.lags - 1 :, :, :]
+        moved = self._past(path) @ self.dynamics.flatten(-3, -2).mT
+        return moved.unflatten(-1, self.dynamics.shape[-3:-1]) + drift
 
     def log_prob(self, value: Tensor) -> Tensor:
         return self.log_start(value) + mode_log_normaliser(*self.mode_potentials(value))
@@ -286,11 +334,15 @@ class SwitchingPath(TorchDistribution):
         inverse = torch.linalg.solve_triangular(root, eye.expand_as(root), upper=False)
         return inverse, root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
+    def _past(self, path: Tensor) -> Tensor:
+        """The bins before each but the first, the last one first: (*batch, time - lag, lag x latent)."""
+        bins, lags = self.event_shape[0], self.lags
+        return torch.cat([path[..., lags - 1 - lag : bins - 1 - lag, :] for lag in range(lags)], -1)
+
     def _residual(self, path: Tensor, inverse: Tensor) -> Tensor:
         """Whitened innovations (*batch, time - lag, mode, latent) under each mode."""
-        bins, lags = self.event_shape[0], self.lags
-        past = torch.cat([path[..., lags - 1 - lag : bins - 1 - lag, :] for lag in range(lags)], -1)
-        both = torch.cat([path[..., lags:, :], past], -1)
+        lags = self.lags
+        both = torch.cat([path[..., lags:, :], self._past(path)], -1)
         # Each mode's own step, side by side: one product for all.
         step = torch.cat([inverse, -(inverse @ self.dynamics)], -1)
         drift = (inverse.unsqueeze(-4) @ self.drift.unsqueeze(-1)).squeeze(-1)

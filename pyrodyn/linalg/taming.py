@@ -32,11 +32,16 @@ def log_slope(radius: Tensor) -> Tensor:
 
 def lagged_radius(dynamics: Tensor) -> Tensor:
     """Spectral radius (*batch) of dynamics (*batch, latent, lag x latent), those of the last bin first."""
+    return spectral_radius(companion(dynamics))
+
+
+def companion(dynamics: Tensor) -> Tensor:
+    """The same dynamics (*batch, latent, lag x latent) as those of a state that holds all lags, one step long."""
     latent, width = dynamics.shape[-2:]
-    if width > latent:
-        below = torch.eye(width - latent, width, dtype=dynamics.dtype, device=dynamics.device)
-        dynamics = torch.cat([dynamics, below.expand(*dynamics.shape[:-2], *below.shape)], -2)
-    return spectral_radius(dynamics)
+    if width == latent:
+        return dynamics
+    below = torch.eye(width - latent, width, dtype=dynamics.dtype, device=dynamics.device)
+    return torch.cat([dynamics, below.expand(*dynamics.shape[:-2], *below.shape)], -2)
 
 
 def tame(free: Tensor, limit: float) -> Tensor:

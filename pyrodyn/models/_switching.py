@@ -15,7 +15,7 @@ from torch import Tensor
 from pyrodyn.distributions import GaugedLoading, SwitchingPath
 from pyrodyn.errors import ModelError
 from pyrodyn.linalg.matrix import cholesky
-from pyrodyn.linalg.taming import lagged_radius, log_tame_jacobian, tame, untame
+from pyrodyn.linalg.taming import companion, lagged_radius, log_tame_jacobian, tame, untame
 from pyrodyn.program import Labelled
 from pyrodyn.recording import Recording
 
@@ -285,20 +285,21 @@ def mode_summaries(steps: ModeSteps, loading: Tensor) -> Labelled:
     which.
     """
     with torch.no_grad():
-        ends = torch.linalg.eigvals(steps.dynamics)
+        ends = torch.linalg.eigvals(companion(steps.dynamics))
         modulus, angle = (part.sort(-1, descending=True).values for part in (ends.abs(), ends.angle().abs()))
         seen_noise = loading.unsqueeze(-3) @ steps.process_noise
         noise = (seen_noise * loading.unsqueeze(-3)).sum(-1)  # (*batch, mode, unit)
         drift = steps.bias @ loading.mT
-        step = ((loading.unsqueeze(-3) @ steps.dynamics) * loading.unsqueeze(-3)).sum(-1)
+        latest = steps.dynamics[..., : steps.dynamics.shape[-2]]
+        step = ((loading.unsqueeze(-3) @ latest) * loading.unsqueeze(-3)).sum(-1)
         stay = steps.transition.diagonal(dim1=-2, dim2=-1)
 
         def in_order(values: Tensor) -> Tensor:
             return values.sort(-2, descending=True).values
 
         found: Labelled = {
-            "eigenvalue_modulus": (("mode", "latent"), in_order(modulus)),
-            "eigenvalue_angle": (("mode", "latent"), in_order(angle)),
+            "eigenvalue_modulus": (("mode", "eigenvalue"), in_order(modulus)),
+            "eigenvalue_angle": (("mode", "eigenvalue"), in_order(angle)),
             "stay_probability": (("mode",), stay.sort(-1, descending=True).values),
             "innovation_sd": (("mode",), noise.sum(-1).sqrt().sort(-1, descending=True).values),
             "drift_size": (("mode",), drift.square().sum(-1).sqrt().sort(-1, descending=True).values),
@@ -321,25 +322,20 @@ def mode_summaries(steps: ModeSteps, loading: Tensor) -> Labelled:
     return found
 
 
-def step_labels(steps: ModeSteps) -> Labelled:
-    """The parameters by name and dims."""
-    square = ("mode", "latent", "latent_from")
+def step_labels(steps: ModeSteps, dim: str) -> Labelled:
+    """The parameters by name and dims, those of one lag; ``dim`` is what the path runs over."""
+    square = ("mode", dim, f"{dim}_from")
     labelled: dict[str, Any] = {
         "initial": (("mode",), steps.initial),
         "transition": (("mode", "mode_to"), steps.transition),
         "dynamics": (square, steps.dynamics),
-        "bias": (("mode", "latent"), steps.bias),
+        "bias": (("mode", dim), steps.bias),
         "process_noise": (square, steps.process_noise),
+        "input_gain": (("mode", dim, "input"), steps.input_gain),
+        "recurrence": (("mode", dim), steps.recurrence),
+        "mode_gain": (("mode", "input"), steps.mode_gain),
     }
-    for name, dims in (
-        ("input_gain", ("mode", "latent", "input")),
-        ("recurrence", ("mode", "latent")),
-        ("mode_gain", ("mode", "input")),
-    ):
-        value = getattr(steps, name)
-        if value is not None:
-            labelled[name] = (dims, value)
-    return labelled
+    return {name: (dims, value) for name, (dims, value) in labelled.items() if value is not None}
 
 
 def inside_of(recording: Recording) -> Tensor:

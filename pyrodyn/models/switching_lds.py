@@ -173,7 +173,7 @@ class SwitchingLDS(StateSpaceModel):
         return {"mode": np.arange(self.num_modes), "mode_to": np.arange(self.num_modes)}
 
     def label(self, parameters: SwitchingLDSParameters) -> Labelled:
-        labelled = step_labels(parameters.steps)
+        labelled = step_labels(parameters.steps, "latent")
         labelled |= {"loading": (("unit", "latent"), parameters.loading), "offset": (("unit",), parameters.offset)}
         if self.readout.noise_name is not None:
             assert parameters.noise is not None
