@@ -21,6 +21,7 @@ from pyrodyn.conditioning import path_evidence
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.errors import ModelError
 from pyrodyn.inference.engine import double_precision, random_stream
+from pyrodyn.inference.switching_particles import switching_evidence
 from pyrodyn.models._switching_path import draw_path
 from pyrodyn.models.switching_lds import SwitchingLDS
 from pyrodyn.program import globals_given, log_joint
@@ -290,3 +291,40 @@ def test_recordings_that_do_not_fit_are_refused():
     with pytest.raises(ModelError, match="latent_dim is 3 but the recording has 2 units"):
         SwitchingLDS(2, 3).check(like)
     SwitchingLDS(3, 1).check(like)
+
+
+# ---------------------------------------------------------------------------------------------- the evidence
+
+
+def test_particles_give_the_evidence_of_all_mode_paths():
+    model, recording, parameters, _, (_, weights) = small()
+    evidence = float(torch.logsumexp(weights, 0))
+    law = model.latent_path(parameters, recording)
+    readout = model.readout_law(parameters, torch.zeros(1, 8, 1).double(), recording)
+    with random_stream(0):
+        found = torch.stack([switching_evidence(law, readout, recording.values)[0] for _ in range(40)]).flatten()
+    ratio = (found - evidence).exp()  # unbiased for p(y)
+    assert abs(float(ratio.mean()) - 1.0) < 3.5 * float(ratio.std()) / 40**0.5
+    assert float(found.std()) < 0.1
+
+
+def test_particles_of_counts_and_state_dependent_modes_agree_with_a_plain_filter():
+    model = SwitchingLDS(2, 1, recurrent=True, stickiness=3.0)
+    like = blank(2, 6, 3, counts=True, inputs=1, lengths=[6, 4])
+    with torch.no_grad(), double_precision(), random_stream(3):
+        values = prior_draws(model, like, 1, 4)
+        parameters = globals_given(model, values, like)
+        path, _ = model.latent_path(parameters, like).expand((1, 2)).sample_jointly()
+        seen = torch.where(like.mask, model.readout_law(parameters, path, like).sample()[0], 0.0)
+        recording = like.with_observations(seen)
+        law, zeros = model.latent_path(parameters, recording), torch.zeros(2, 6, 1).double()
+        readout = model.readout_law(parameters, zeros, recording)
+        found = switching_evidence(law, readout, seen, particles=20_000)[0]
+        # Paths from the prior, weighted by what they say of so few bins.
+        many = law.expand((1, 2)).sample((100_000,))
+        fit = model.readout_law(parameters, many, recording).log_prob(seen)
+    plain = fit.logsumexp(0) - np.log(len(fit))
+    share = (fit - fit.logsumexp(0)).exp()
+    error = (share.square().sum(0)).sqrt()
+    assert float(error.max()) < 0.05
+    assert float(((found - plain) / (error**2 + 0.01**2).sqrt()).abs().max()) < 4.0

@@ -93,14 +93,22 @@ def _filter(law: GaussMarkov, excess: Callable[[int, Tensor], Tensor], particles
         step = log_weight.logsumexp(-1)
         total = total + step
         log_weight = log_weight - step.unsqueeze(-1)
-        effective = (-(2.0 * log_weight).logsumexp(-1)).exp()
-        poor = effective < 0.5 * particles
-        if bool(poor.any()):
-            chosen = _systematic(log_weight.exp())
-            resampled = deviation.gather(-2, chosen.unsqueeze(-1).expand(deviation.shape))
-            deviation = torch.where(poor[..., None, None], resampled, deviation)
-            log_weight = torch.where(poor.unsqueeze(-1), -math.log(particles), log_weight)
+        (deviation,), log_weight = resample((deviation,), log_weight)
     return total
+
+
+def resample(particles: tuple[Tensor, ...], log_weight: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Particles (*batch, particle, number) drawn anew by their weights (*batch, particle) where these are uneven."""
+    count = log_weight.shape[-1]
+    poor = (-(2.0 * log_weight).logsumexp(-1)).exp() < 0.5 * count
+    if not bool(poor.any()):
+        return particles, log_weight
+    chosen = _systematic(log_weight.exp()).unsqueeze(-1)
+    drawn = tuple(
+        torch.where(poor[..., None, None], held.gather(-2, chosen.expand(*chosen.shape[:-1], held.shape[-1])), held)
+        for held in particles
+    )
+    return drawn, torch.where(poor.unsqueeze(-1), -math.log(count), log_weight)
 
 
 def _systematic(weight: Tensor) -> Tensor:

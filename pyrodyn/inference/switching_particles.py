@@ -1,0 +1,127 @@
+r"""The evidence of a path whose dynamics switch, by particles: modes summed out exactly, the path by weights.
+
+A Gauss-Markov chain near the posterior proposes states. Each particle carries the probabilities of the mode given its
+own states so far, so that its weight
+
+.. math:: w_t = p(y_t \mid x_t) \, \frac{\sum_k p(z_t = k \mid x_{1:t-1}) \, p(x_t \mid x_{t-1}, z_t = k)}
+    {q(x_t \mid x_{t-1})}
+
+is exact. The estimate of p(y) is unbiased, whatever the chain; a chain far from the posterior makes it noisy.
+
+References
+----------
+Doucet, de Freitas, Murphy & Russell, UAI 2000 (summing out by particles); Chopin & Papaspiliopoulos, *An Introduction
+to Sequential Monte Carlo*, Springer 2020, ch. 10 (guided filters).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyrodyn.conditionals.modes import settle
+from pyrodyn.distributions import GaussMarkov, SwitchingPath
+from pyrodyn.inference.particles import resample
+from pyrodyn.linalg.matrix import broadcast_shapes, cholesky
+from pyrodyn.readouts import AffineReadout
+
+SETTLING = 20  # rounds in which the chain of the proposals is found
+WIDER = 1.2  # factor of the proposals' standard deviation: weights of one that is too narrow are unbounded
+
+
+def switching_evidence(
+    law: SwitchingPath, readout: AffineReadout, observations: Tensor, *, particles: int = 200
+) -> tuple[Tensor, Tensor]:
+    """Log p(y | parameters) of every trial by particles, and the bound of a product of path and modes, (*draw, trial).
+
+    Parameters
+    ----------
+    law : SwitchingPath, batch (*draw, trial) or (*draw, 1)
+    readout : AffineReadout, batch (*draw, trial)
+    observations : Tensor, (trial, time, unit)
+    particles : int
+        For every draw and trial.
+
+    Notes
+    -----
+    Random, from torch's current state: fresh noise at every call, so never to be used inside HMC.
+    """
+    with torch.no_grad():
+        batch = broadcast_shapes(law.batch_shape, readout.batch_shape)
+        found = settle(law, readout, observations, tuple(batch), SETTLING)
+        return _filter(law, found.chain, readout, observations, particles), found.bound
+
+
+def _filter(
+    law: SwitchingPath, chain: GaussMarkov, readout: AffineReadout, observations: Tensor, particles: int
+) -> Tensor:
+    mean, covariance, cross = chain.mean, chain.covariance, chain.cross_covariance
+    gains = torch.cholesky_solve(cross, cholesky(covariance[..., :-1, :, :])).mT
+    later = covariance[..., 1:, :, :] - gains @ cross
+    roots = WIDER * torch.cat([cholesky(covariance[..., :1, :, :]), cholesky(0.5 * (later + later.mT))], -3)
+    log_scale = roots.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    batch, (bins, dim) = mean.shape[:-2], law.event_shape
+    steps = _Steps(law)
+    log_weight = mean.new_full((*batch, particles), -math.log(particles))
+    total, state = mean.new_zeros(batch), mean.new_zeros(*batch, particles, dim)
+    modes = law.initial.unsqueeze(-2).expand(*batch, particles, -1)
+    for bin_ in range(bins):
+        noise = torch.randn(*batch, particles, dim, dtype=mean.dtype)
+        before, centre = state, mean[..., bin_, None, :]
+        if bin_:
+            centre = centre + (before - mean[..., bin_ - 1, None, :]) @ gains[..., bin_ - 1, :, :].mT
+        state = centre + noise @ roots[..., bin_, :, :].mT
+        proposed = -0.5 * noise.square().sum(-1) - log_scale[..., bin_, None] - 0.5 * dim * math.log(2.0 * math.pi)
+        if bin_:
+            joint = steps.predicted(bin_, before, modes) + steps.log_density(bin_, before, state)
+            moved = joint.logsumexp(-1)
+            modes = joint - moved.unsqueeze(-1)
+        else:
+            moved = steps.log_start(state)
+        predictor = state @ readout.loading.mT + readout.offset
+        fit = readout.law.log_prob(predictor, readout.noise, observations[..., bin_, None, :])
+        if readout.observed is not None:
+            fit = torch.where(readout.observed[:, bin_, None, :], fit, 0.0)
+        log_weight = log_weight + moved + fit.sum(-1) - proposed
+        step = log_weight.logsumexp(-1)
+        total, log_weight = total + step, log_weight - step.unsqueeze(-1)
+        (state, modes), log_weight = resample((state, modes), log_weight)
+    return total
+
+
+class _Steps:
+    """What each particle's step costs under each mode."""
+
+    def __init__(self, law: SwitchingPath) -> None:
+        self.law = law
+        inverse, self.log_scale = law._whitening
+        self.step = torch.cat([inverse, -(inverse @ law.dynamics)], -1).flatten(-3, -2).mT
+        self.drift = (inverse.unsqueeze(-4) @ law.drift.unsqueeze(-1)).squeeze(-1)
+
+    def log_start(self, state: Tensor) -> Tensor:
+        """Log p(x_1), (*batch, particle)."""
+        root = cholesky(self.law.start_covariance)
+        apart = (state - self.law.start_mean.unsqueeze(-2)).mT
+        white = torch.linalg.solve_triangular(root.expand(*apart.shape[:-2], -1, -1), apart, upper=False)
+        log_scale = root.diagonal(dim1=-2, dim2=-1).log().sum(-1, keepdim=True)
+        return -0.5 * white.square().sum(-2) - log_scale - 0.5 * state.shape[-1] * math.log(2.0 * math.pi)
+
+    def log_density(self, bin_: int, before: Tensor, state: Tensor) -> Tensor:
+        """Log p(x_t | x_t-1, z_t), (*batch, particle, mode)."""
+        drift = self.drift[..., min(bin_ - 1, self.drift.shape[-3] - 1), None, :, :]
+        white = (torch.cat([state, before], -1) @ self.step).unflatten(-1, drift.shape[-2:]) - drift
+        constant = self.log_scale + 0.5 * drift.shape[-1] * math.log(2.0 * math.pi)
+        return -0.5 * white.square().sum(-1) - constant.unsqueeze(-2)
+
+    def predicted(self, bin_: int, before: Tensor, modes: Tensor) -> Tensor:
+        """Log p(z_t | x_1 ... x_t-1), (*batch, particle, mode), from that of the mode before."""
+        rows, law = self.law.transition.unsqueeze(-3), self.law
+        if law.recurrence is not None:
+            rows = rows + (before @ law.recurrence.mT).unsqueeze(-2)
+        if law.push is not None:
+            rows = rows + law.push[..., min(bin_ - 1, law.push.shape[-2] - 1), None, None, :]
+        if law.recurrence is not None or law.push is not None:
+            rows = torch.log_softmax(rows, -1)
+        return (modes.unsqueeze(-1) + rows).logsumexp(-2)
