@@ -334,6 +334,36 @@ MODELS += (
     ),
 )
 
+ROTATED_PERMUTATION = "another numbering of the modes, orthogonal changes of the latent coordinates"
+
+
+def _turned(model: Any, local: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    return {"latent": local["latent"] @ model.symmetry(seed)[1]}
+
+
+MODELS += (
+    Row(
+        "SwitchingLDS-Poisson-recurrent-inputs",
+        models.SwitchingLDS(2, 2, recurrent=True),
+        lambda: blank(2, 7, inputs=1),
+        ROTATED_PERMUTATION,
+        _turned,
+    ),
+    Row(
+        "SwitchingLDS-Gaussian-ragged-missing",
+        models.SwitchingLDS(3, 1, readout=readouts.Gaussian()),
+        lambda: blank(2, 7, counts=False, lengths=[7, 4], missing=0.2),
+        ROTATED_PERMUTATION,
+        _turned,
+    ),
+    Row(
+        "ARHMM-two-lags-recurrent-inputs-ragged",
+        models.ARHMM(2, lags=2, recurrent=True),
+        lambda: blank(2, 8, 2, counts=False, lengths=[8, 5], inputs=1),
+        PERMUTATION,
+    ),
+)
+
 READOUTS: tuple[readouts.Readout, ...] = (
     readouts.Gaussian(),
     readouts.Poisson(),

@@ -176,7 +176,13 @@ class SwitchingPath(TorchDistribution):
         return moved.unflatten(-1, self.dynamics.shape[-3:-1]) + drift
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return self.log_start(value) + mode_log_normaliser(*self.mode_potentials(value))
+        """Log density (*batch); -inf where a path, or the parameters, overflow, as on a diverging trajectory of HMC."""
+        initial, transition, likelihood = self.mode_potentials(value)
+        lost = [part.isnan().flatten(part.dim() - event).any(-1) for part, event in ((transition, 3), (likelihood, 2))]
+        if not any(bool(part.any()) for part in lost):
+            return self.log_start(value) + mode_log_normaliser(initial, transition, likelihood)
+        found = self.log_start(value) + mode_log_normaliser(initial, transition.nan_to_num(), likelihood.nan_to_num())
+        return torch.where(lost[0] | lost[1], -torch.inf, found)
 
     def log_start(self, path: Tensor) -> Tensor:
         """Log density of the first bins, (*batch)."""

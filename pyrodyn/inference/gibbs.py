@@ -12,11 +12,11 @@ from torch import Tensor
 from pyrodyn.checkpoint import StateStore
 from pyrodyn.conditionals.paths import Referenced, factors, settled
 from pyrodyn.errors import ModelError, NonFiniteError
-from pyrodyn.inference.collapse import Collapsed, collapse
+from pyrodyn.inference.collapse import Collapsed, collapse, collapses
 from pyrodyn.inference.density import LogDensity
 from pyrodyn.inference.engine import NEAR, Draws, double_precision, random_stream
 from pyrodyn.inference.mode import ascend
-from pyrodyn.program import Program, globals_given
+from pyrodyn.program import IntegratedModel, Program, globals_given
 from pyrodyn.progress import progress
 from pyrodyn.recording import Recording
 
@@ -127,9 +127,14 @@ def _start(model: Any, recording: Any) -> Any:
 
 
 def climb(model: Any, recording: Recording) -> dict[str, Tensor]:
-    """Values of the globals near the posterior mode, counts taken as Gaussian about a reference that follows."""
+    """Values of the globals near the posterior mode, counts taken as Gaussian about a reference that follows.
+
+    A model whose path cannot be integrated out brings a start that is good enough as it is.
+    """
     values = model.initial_values(recording)
-    if model.readout.is_gaussian:
+    if not collapses(model, recording):
+        return values
+    if isinstance(model, IntegratedModel) or model.readout.is_gaussian:
         density = LogDensity(collapse(model), recording)
         return density.constrain(ascend(density, density.unconstrain(values), CLIMB, "Gibbs: start", NEAR)[0])
     reference = None
@@ -149,7 +154,7 @@ def declared(program: Program) -> Any:
     if not isinstance(model, Conditional):
         raise ModelError(
             f"Gibbs needs a model that declares its conditionals, and {type(model).__name__} declares none; use "
-            "inference.HMC(), or models.MultiRegionLDS"
+            "inference.HMC(), or a model such as models.MultiRegionLDS or models.SwitchingLDS"
         )
     return model
 

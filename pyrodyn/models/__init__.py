@@ -1,5 +1,6 @@
 """The zoo: one model a file. Each is a frozen dataclass of options and a Pyro program of a recording."""
 
+from pyrodyn.models.arhmm import ARHMM
 from pyrodyn.models.hmm import HMM
 from pyrodyn.models.latent_rnn import LatentRNN
 from pyrodyn.models.lds import LDS
@@ -8,10 +9,12 @@ from pyrodyn.models.linear_sde import LinearSDE
 from pyrodyn.models.multi_region_lds import MultiRegionLDS
 from pyrodyn.models.neural_ode import NeuralODE
 from pyrodyn.models.neural_sde import NeuralSDE
+from pyrodyn.models.switching_lds import SwitchingLDS
 from pyrodyn.models.time_priors import MarkovPrior, SmoothPrior, StaticPrior
 from pyrodyn.models.vae import VAE
 
 __all__ = [
+    "ARHMM",
     "HMM",
     "LDS",
     "LFADS",
@@ -23,5 +26,6 @@ __all__ = [
     "NeuralSDE",
     "SmoothPrior",
     "StaticPrior",
+    "SwitchingLDS",
     "VAE",
 ]

@@ -3,13 +3,15 @@ r"""What models of switching linear dynamics share: the prior of the modes' step
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pyrodyn.distributions import GaugedLoading, SwitchingPath
@@ -196,6 +198,34 @@ class StepPrior:
                 found["input_slopes"] = self.contrasts.mT @ (steps.mode_gain * input_scale) / spread
         return found
 
+    def nearest(self, values: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sites (*draw, 1, *event) with the modes numbered as lies nearest to those of ``reference``."""
+        if not self.switches:
+            return dict(values)
+
+        def told(sites: Mapping[str, Tensor]) -> Tensor:  # (*draw, 1, mode, feature)
+            size = sites["free_dynamics"] / self.sd.to(sites["bias"].device)
+            return torch.cat([size.flatten(-2), sites["bias"] / self.bias_scale], -1)
+
+        costs = (told(reference).unsqueeze(-2) - told(values).unsqueeze(-3)).square().sum(-1)
+        found = [linear_sum_assignment(cost)[1] for cost in costs.reshape(-1, *costs.shape[-2:]).cpu().numpy()]
+        order = torch.from_numpy(np.stack(found)).to(costs.device).reshape(costs.shape[:-1])
+        return self.numbered(values, order)
+
+    def numbered(self, values: Mapping[str, Tensor], order: Tensor) -> dict[str, Tensor]:
+        """Sites (*draw, 1, *event) with mode ``order[..., k]`` (*draw, 1, mode) as the new mode k."""
+        moved = dict(values)
+        for name in ("initial", "transition", "free_dynamics", "bias", "drive", "precision_root"):
+            if name in values:
+                index = order.reshape(*order.shape, *(1,) * (values[name].dim() - order.dim()))
+                moved[name] = values[name].take_along_dim(index, order.dim() - 1)
+        moved["transition"] = moved["transition"].take_along_dim(order.unsqueeze(-2), -1)
+        basis = self.contrasts.to(order.device)
+        for name in ("slopes", "input_slopes"):
+            if name in values:
+                moved[name] = basis.mT @ (basis @ values[name]).take_along_dim(order.unsqueeze(-1), -2)
+        return moved
+
     def path(
         self, steps: ModeSteps, recording: Recording, inside: Tensor | None = None, start_scale: float = 1.0
     ) -> SwitchingPath:
@@ -268,9 +298,10 @@ def permuted(steps: ModeSteps, order: Tensor) -> ModeSteps:
 
 def rotated(steps: ModeSteps, turn: Tensor) -> ModeSteps:
     """The same steps in latents ``turn' x``, for orthogonal ``turn`` (*batch, latent, latent)."""
-    of_modes = turn.unsqueeze(-3)
+    of_modes, dim = turn.unsqueeze(-3), turn.shape[-1]
+    by_lag = steps.dynamics.unflatten(-1, (-1, dim))  # (*batch, mode, latent, lag, latent)
     return steps._replace(
-        dynamics=of_modes.mT @ steps.dynamics @ of_modes,
+        dynamics=of_modes.mT @ (by_lag @ of_modes.unsqueeze(-3)).flatten(-2),
         bias=steps.bias @ turn,
         process_noise=of_modes.mT @ steps.process_noise @ of_modes,
         input_gain=None if steps.input_gain is None else of_modes.mT @ steps.input_gain,

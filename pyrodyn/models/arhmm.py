@@ -2,6 +2,7 @@ r"""The autoregressive hidden Markov model: observations are themselves the path
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -184,6 +185,16 @@ class ARHMM(IntegratedModel):
     def invariants(self, parameters: ModeSteps) -> Labelled:
         units = parameters.bias.shape[-1]
         return mode_summaries(parameters, torch.eye(units, dtype=torch.float64, device=parameters.bias.device))
+
+    def log_copies(self, recording: Recording) -> float:
+        """Modes may be numbered in any order."""
+        return math.lgamma(self.num_modes + 1)
+
+    def nearest_copy(
+        self, values: Mapping[str, Tensor], reference: Mapping[str, Tensor], recording: Recording
+    ) -> dict[str, Tensor]:
+        """Modes numbered such that their dynamics and biases lie nearest to those of the reference."""
+        return self.step_prior(recording).nearest(values, reference)
 
     def transformed(self, parameters: ModeSteps, recording: Recording, seed: int) -> ModeSteps:
         """Number the modes anew at random."""

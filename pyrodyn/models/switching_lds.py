@@ -153,6 +153,15 @@ class SwitchingLDS(StateSpaceModel):
         """The units whose loading rows fix the rotation; depends on the recording alone."""
         return linear_start(recording, self.latent_dim, self.readout).pivots
 
+    def latents(
+        self, parameters: SwitchingLDSParameters, local: Mapping[str, Tensor], recording: Recording
+    ) -> Labelled:
+        path = local["latent"]
+        modes = local.get("mode")
+        if modes is None:
+            modes = self.latent_path(parameters, recording).sample_modes(path)
+        return {"path": (("trial", "time", "latent"), path), "mode_path": (("trial", "time"), modes)}
+
     def initial_values(self, recording: Recording) -> dict[str, Tensor]:
         fit = latent_start(self.step_prior(recording), self.readout, recording)
         assert fit.seen is not None
@@ -198,10 +207,24 @@ class SwitchingLDS(StateSpaceModel):
         self, parameters: SwitchingLDSParameters, recording: Recording, seed: int
     ) -> SwitchingLDSParameters:
         """Turn the latent space by a random orthogonal matrix, and number the modes anew."""
+        order, turn = self.symmetry(seed)
+        steps = rotated(permuted(parameters.steps, order), turn)
+        return parameters._replace(loading=parameters.loading @ turn, **steps._asdict())
+
+    def symmetry(self, seed: int) -> tuple[Tensor, Tensor]:
+        """A random numbering of the modes, (mode,), and a random turn of the latents, (latent, latent)."""
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(self.num_modes, generator=generator)
         normal = torch.randn(self.latent_dim, self.latent_dim, generator=generator, dtype=torch.float64)
         basis, triangle = torch.linalg.qr(normal)
-        turn = basis * triangle.diagonal().sign()
-        steps = rotated(permuted(parameters.steps, order), turn)
-        return parameters._replace(loading=parameters.loading @ turn, **steps._asdict())
+        return order, basis * triangle.diagonal().sign()
+
+    def log_copies(self, recording: Recording) -> float:
+        """Modes may be numbered in any order."""
+        return math.lgamma(self.num_modes + 1)
+
+    def nearest_copy(
+        self, values: Mapping[str, Tensor], reference: Mapping[str, Tensor], recording: Recording
+    ) -> dict[str, Tensor]:
+        """Modes numbered such that their dynamics and biases lie nearest to those of the reference."""
+        return self.step_prior(recording).nearest(values, reference)
