@@ -167,18 +167,18 @@ def simulate(
         drawn = poutine.trace(poutine.condition(model.sample_globals, data=held)).get_trace(like)
         sites: dict[str, Any] = {name: site["value"] for name, site in drawn.nodes.items() if is_random(site)}
         trace = poutine.trace(poutine.condition(model, data=sites)).get_trace(like.blank())
-        labelled = model.label(globals_given(model, sites, like))
+        parameters = globals_given(model, sites, like)
+        labelled = model.label(parameters)
+        values_of: dict[str, Any] = {name: site["value"] for name, site in trace.nodes.items() if is_random(site)}
+        simulated = like.with_observations(values_of["observations"])
+        local = {name: value for name, value in values_of.items() if name not in sites and name != "observations"}
+        # A model may draw here what its program sums out, such as modes given a path.
+        latents = model.latents(parameters, local, simulated)
     truth = xr.Dataset(
         {name: (dims, value.numpy()) for name, (dims, value) in labelled.items()},
         coords=coordinates(like, labelled, model),
     )
-    values_of: dict[str, Any] = {name: site["value"] for name, site in trace.nodes.items() if is_random(site)}
-    simulated = like.with_observations(values_of["observations"])
-    local = {name: value for name, value in values_of.items() if name not in sites and name != "observations"}
-    shown = {
-        name: (dims, value.numpy())
-        for name, (dims, value) in model.latents(globals_given(model, sites, like), local, simulated).items()
-    }
+    shown = {name: (dims, value.numpy()) for name, (dims, value) in latents.items()}
     truth = truth.assign(shown).assign_coords(latent_coordinates(like, model, shown))
     return simulated, truth
 

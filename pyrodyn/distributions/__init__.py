@@ -11,7 +11,6 @@ from pyrodyn.distributions.network import NetworkLayout, NetworkPrior, network_l
 from pyrodyn.distributions.nonlinear_markov import NonlinearMarkov, Recurrence
 from pyrodyn.distributions.pool import Pool, PoolPrior
 from pyrodyn.distributions.switching import GivenModes, SwitchingPath
-from pyrodyn.distributions.switching import SwitchingPath
 from pyrodyn.distributions.transition import Transition
 from pyrodyn.distributions.varying import varying_chain
 
