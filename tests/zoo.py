@@ -214,6 +214,13 @@ MODELS += (
         lambda: blank(trials=1, bins=12),
         PERMUTATION,
     ),
+    Row("GainHMM-Poisson-ragged", models.GainHMM(), lambda: blank(lengths=[9, 4, 1]), PERMUTATION),
+    Row(
+        "GainHMM-NegativeBinomial-three-states-missing",
+        models.GainHMM(3, readouts.NegativeBinomial(), stickiness=2.0),
+        lambda: blank(missing=0.2),
+        PERMUTATION,
+    ),
     Row("HMM-Bernoulli", models.HMM(2, readouts.Bernoulli(), stickiness=0.0), lambda: blank(), PERMUTATION),
 )
 

@@ -1,6 +1,7 @@
 """The zoo: one model a file. Each is a frozen dataclass of options and a Pyro program of a recording."""
 
 from pyrodyn.models.arhmm import ARHMM
+from pyrodyn.models.gain_hmm import GainHMM
 from pyrodyn.models.hmm import HMM
 from pyrodyn.models.latent_rnn import LatentRNN
 from pyrodyn.models.lds import LDS
@@ -15,6 +16,7 @@ from pyrodyn.models.vae import VAE
 
 __all__ = [
     "ARHMM",
+    "GainHMM",
     "HMM",
     "LDS",
     "LFADS",

@@ -34,6 +34,7 @@ class HMMParameters(NamedTuple):
     transition: Tensor  # (mode, mode_to): rows sum to one
     predictor: Tensor  # (mode, unit)
     noise: Tensor | None  # (unit): the readout's own parameter
+    gain: Tensor | None = None  # (mode): the mean over units that the predictors of a mode scatter about
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,17 @@ class HMM(IntegratedModel):
         initial = pyro.sample("initial", dist.Dirichlet(zero.new_ones(modes)))
         counts = 1.0 + self.stickiness * torch.eye(modes, dtype=zero.dtype, device=zero.device)
         transition = pyro.sample("transition", dist.Dirichlet(counts).to_event(1))
-        contrasts = pyro.sample("contrasts", dist.Normal(zero.expand(modes - 1, units), self.spread).to_event(2))
-        apart = _contrasts(modes).to(zero.device) @ contrasts * self.readout.signal_scale(recording)
-        return HMMParameters(initial, transition, predictor + apart, noise)
+        basis, common = mode_contrasts(modes).to(zero.device), self._sample_common(zero)
+        middle = zero.expand(modes - 1, units) if common is None else common.unsqueeze(-1).expand(*common.shape, units)
+        contrasts = pyro.sample("contrasts", dist.Normal(middle, self.spread).to_event(2))
+        apart = basis @ contrasts * self.readout.signal_scale(recording)
+        gain = None if common is None else (basis @ common.unsqueeze(-1)).squeeze(-1)
+        return HMMParameters(initial, transition, predictor + apart, noise, gain)
+
+    def _sample_common(self, zero: Tensor) -> Tensor | None:
+        """Mean over units of the contrasts' prior, (mode - 1), where it is a site; zero otherwise."""
+        del zero
+        return None
 
     def trials(self, parameters: HMMParameters, recording: Recording) -> Tensor:
         law = MarkovModes(parameters.initial, parameters.transition, recording.num_bins)
@@ -162,6 +171,10 @@ class HMM(IntegratedModel):
         return initial, transition, seen
 
     def initial_values(self, recording: Recording) -> dict[str, Tensor]:
+        return self._starting_values(recording, min(5, recording.num_bins))
+
+    def _starting_values(self, recording: Recording, width: int) -> dict[str, Tensor]:
+        """From clusters of observations averaged over ``width`` bins."""
         modes, units = self.num_modes, recording.num_units
         offset = recording.center.new_zeros(units)
         values = {"offset": offset} if recording.observations is None else self.readout.initial_values(recording)
@@ -170,7 +183,7 @@ class HMM(IntegratedModel):
         counts = recording.center.new_full((modes, modes), 0.5)
         apart = recording.center.new_zeros(modes, units)
         if recording.observations is not None:
-            labels = self._clusters(recording)
+            labels = self._clusters(recording, width)
             within = np.arange(recording.num_bins) < recording.lengths[:, None]
             both = within[:, 1:] & within[:, :-1]
             np.add.at(counts.numpy(), (labels[:, :-1][both], labels[:, 1:][both]), 1.0)
@@ -181,19 +194,18 @@ class HMM(IntegratedModel):
             apart = (predictor - values["offset"]) * size / (size + 5.0)
             values["offset"] = values["offset"] + apart.mean(-2)
         rows = counts / counts.sum(-1, keepdim=True)
-        contrasts = _contrasts(modes).mT @ apart / self.readout.signal_scale(recording)
+        contrasts = mode_contrasts(modes).mT @ apart / self.readout.signal_scale(recording)
         return values | {
             "initial": counts.new_full((modes,), 1.0 / modes),
             "transition": rows,
             "contrasts": contrasts,
         }
 
-    def _clusters(self, recording: Recording) -> np.ndarray:
-        """A mode for every bin, (trial, time), by k-means of observations averaged over a few bins."""
+    def _clusters(self, recording: Recording, width: int) -> np.ndarray:
+        """A mode for every bin, (trial, time), by k-means of observations averaged over ``width`` bins."""
         values = self.readout.linearise(recording).numpy()
         if recording.mask is not None:
             values = np.where(recording.mask.numpy(), values, 0.0)
-        width = min(5, recording.num_bins)
         flat = uniform_filter1d(values, width, axis=1, mode="nearest").reshape(-1, recording.num_units)
         clusters = min(self.num_modes, len(np.unique(flat, axis=0)))
         found = KMeans(clusters, n_init=STARTS, random_state=0)  # pyright: ignore[reportArgumentType]
@@ -214,7 +226,7 @@ class HMM(IntegratedModel):
         return HMMParameters(values["initial"], values["transition"], values["predictor"], noise)
 
     def invariants(self, parameters: HMMParameters) -> Labelled:
-        initial, transition, predictor, noise = parameters
+        initial, transition, predictor, noise, _ = parameters
         lead = torch.broadcast_shapes(predictor.shape[:-2], transition.shape[:-2])
         share = stationary_distribution(transition).expand(*lead, -1)
         middle = (share.unsqueeze(-1) * predictor).sum(-2)
@@ -233,12 +245,16 @@ class HMM(IntegratedModel):
 
     def transformed(self, parameters: HMMParameters, recording: Recording, seed: int) -> HMMParameters:
         """Number the modes anew at random."""
-        order = torch.randperm(self.num_modes, generator=torch.Generator().manual_seed(seed))
+        order = self.symmetry(seed)
         return parameters._replace(
             initial=parameters.initial[..., order],
             transition=parameters.transition[..., order, :][..., order],
             predictor=parameters.predictor[..., order, :],
         )
+
+    def symmetry(self, seed: int) -> Tensor:
+        """The random order that `transformed` puts the modes in."""
+        return torch.randperm(self.num_modes, generator=torch.Generator().manual_seed(seed))
 
     def log_copies(self, recording: Recording) -> float:
         """Modes may be numbered in any order."""
@@ -250,17 +266,22 @@ class HMM(IntegratedModel):
         """Modes numbered such that their predictors lie nearest to those of the reference, in least squares."""
         if self.num_modes == 1:
             return dict(values)
-        basis = _contrasts(self.num_modes).to(recording.center.device)
-        apart, wanted = basis @ values["contrasts"], basis @ reference["contrasts"]
-        costs = (wanted.unsqueeze(-2) - apart.unsqueeze(-3)).square().sum(-1)  # (*draw, 1, mode, own mode)
-        found = [linear_sum_assignment(cost)[1] for cost in costs.reshape(-1, *costs.shape[-2:]).cpu().numpy()]
-        order = torch.from_numpy(np.stack(found)).to(costs.device).reshape(costs.shape[:-1])
+        basis = mode_contrasts(self.num_modes).to(recording.center.device)
+        apart, order = basis @ values["contrasts"], self._numbering(values, reference)
         rows = torch.take_along_dim(values["transition"], order.unsqueeze(-1), -2)
         return dict(values) | {
             "initial": torch.take_along_dim(values["initial"], order, -1),
             "transition": torch.take_along_dim(rows, order.unsqueeze(-2), -1),
             "contrasts": basis.mT @ torch.take_along_dim(apart, order.unsqueeze(-1), -2),
         }
+
+    def _numbering(self, values: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Tensor:
+        """For every mode of the reference the mode of ``values`` that lies nearest, (*draw, 1, mode)."""
+        basis = mode_contrasts(self.num_modes).to(values["contrasts"].device)
+        apart, wanted = basis @ values["contrasts"], basis @ reference["contrasts"]
+        costs = (wanted.unsqueeze(-2) - apart.unsqueeze(-3)).square().sum(-1)  # (*draw, 1, mode, own mode)
+        found = [linear_sum_assignment(cost)[1] for cost in costs.reshape(-1, *costs.shape[-2:]).cpu().numpy()]
+        return torch.from_numpy(np.stack(found)).to(costs.device).reshape(costs.shape[:-1])
 
 
 def stationary_distribution(transition: Tensor) -> Tensor:
@@ -271,7 +292,7 @@ def stationary_distribution(transition: Tensor) -> Tensor:
     return torch.linalg.solve(system, torch.ones_like(transition[..., :1])).squeeze(-1)
 
 
-def _contrasts(modes: int) -> Tensor:
+def mode_contrasts(modes: int) -> Tensor:
     """Orthonormal columns (mode, mode - 1), each summing to zero over modes (Helmert's)."""
     basis = torch.zeros(modes, modes - 1, dtype=torch.float64)
     for k in range(1, modes):
