@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from typing import Any
 
 import numpy as np
 import pyro
 import pytest
+import scipy.special
 import scipy.stats
 import torch
 from pyro import poutine
@@ -15,7 +17,9 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 
 import pyrodyn as dyn
-from pyrodyn import guides, readouts
+from pyrodyn import guides, inference, readouts
+from pyrodyn.comparison import LOO
+from pyrodyn.comparison.terms import Candidate, terms_of
 from pyrodyn.conditionals.modes import settle
 from pyrodyn.conditioning import path_evidence
 from pyrodyn.distributions import GaussMarkov
@@ -329,3 +333,30 @@ def test_particles_of_counts_and_state_dependent_modes_agree_with_a_plain_filter
     error = (share.square().sum(0)).sqrt()
     assert float(error.max()) < 0.05
     assert float(((found - plain) / (error**2 + 0.01**2).sqrt()).abs().max()) < 4.0
+
+
+def test_leaving_a_trial_out_sums_over_all_paths_by_particles():
+    model = SwitchingLDS(2, 1, stickiness=3.0, readout=readouts.Gaussian())
+    recording, _ = dyn.simulate(model, blank(3, 6, 2, counts=False), seed=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dyn.FitWarning)
+        posterior = dyn.fit(model, recording, inference.Gibbs(draws=15, warmup=10, chains=2), seed=0)
+    candidate = Candidate("switching", model, posterior, recording)
+    terms = terms_of(candidate)
+    assert terms.likelihood == "particles" and terms.log_likelihood.shape == (30, 3)
+    sequences = list(itertools.product(range(2), repeat=6))
+    chosen = torch.nn.functional.one_hot(torch.tensor(sequences), 2).double()[:, None, None]  # (path, 1, 1, time, mode)
+    with torch.no_grad(), double_precision():
+        parameters = candidate.globals_at(terms.positions)
+        law = model.latent_path(parameters, recording)
+        prior = law.given_modes(chosen)
+        seen = path_evidence(prior, model.readout_law(parameters, prior.mean, recording), recording.values)
+        potentials = parameters.initial.log()[:, 0], parameters.transition.log()[:, 0]
+    for i, modes in enumerate(sequences):
+        steps = sum(potentials[1][:, a, b] for a, b in itertools.pairwise(modes))
+        seen[i] += (potentials[0][:, modes[0]] + steps).unsqueeze(-1)
+    apart = terms.log_likelihood - torch.logsumexp(seen, 0).numpy()
+    assert np.abs(apart).max() < 0.5 and np.abs(apart.mean(0)).max() < 0.05 and apart.std() > 1e-4
+    exact = torch.logsumexp(seen, 0).numpy()
+    left_out = -(scipy.special.logsumexp(-exact, axis=0) - np.log(len(exact)))  # importance weights as they are
+    assert abs(LOO().score(candidate, None, 0).total - float(left_out.sum())) < 0.5

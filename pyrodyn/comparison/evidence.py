@@ -72,8 +72,8 @@ class Evidence:
         check_data(candidate, recording)
         if json.loads(candidate.posterior.attrs["notes"]).get("atoms") == "sampled":
             raise ComparisonError(
-                f"{candidate.name!r}: draws with edges that come and go have no one density to bridge; compare by "
-                "method=comparison.KFold(), or fit with inference.HMC()"
+                f"{candidate.name!r}: draws of blocked Gibbs sampling, with edges or modes that come and go, have no "
+                "one density to bridge; compare by method=comparison.KFold(), or fit with inference.HMC()"
             )
         vectors, density = _vectors(candidate)
         near = _NearOneCopy(candidate, density, vectors)

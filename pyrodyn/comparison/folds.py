@@ -22,7 +22,6 @@ from torch import Tensor
 
 from pyrodyn.comparison.loo import refuse_dependent
 from pyrodyn.comparison.terms import (
-    EXACT,
     LAPLACE,
     PARTICLES,
     Candidate,
@@ -36,6 +35,7 @@ from pyrodyn.comparison.terms import (
     largest_good_k,
     smoothed,
     terms_of,
+    treatment,
     weighted_mean,
 )
 from pyrodyn.diagnostics import effective_share
@@ -114,7 +114,8 @@ class KFold:
             refitted = _batched(candidate, engine, held, seed)
         else:
             refitted = _one_by_one(candidate, engine, held, seed)
-        count, laplace = candidate.recording.num_trials, not collapse(candidate.model).is_exact
+        count, kind = candidate.recording.num_trials, treatment(candidate.model, candidate.recording)
+        laplace = kind == LAPLACE
         pointwise, variance, before = np.full(count, np.nan), np.zeros(count), None
         weighted = []
         for trials, fold in zip(held, refitted, strict=True):
@@ -134,7 +135,7 @@ class KFold:
             added, more = averaged_error(errors, scores[some])
             pointwise[trials] += added
             variance[trials] += more
-        likelihood = (LAPLACE if self.particles is None else PARTICLES) if laplace else EXACT
+        likelihood = PARTICLES if laplace and self.particles is not None else kind
         return LeftOut(pointwise, variance, before, likelihood, type(engine).__name__, _manner(weighted))
 
 

@@ -13,10 +13,9 @@ import numpy as np
 import xarray as xr
 from scipy.special import logsumexp
 
-from pyrodyn.comparison.terms import EXACT, LAPLACE, Candidate, Score, evidence
+from pyrodyn.comparison.terms import Candidate, Score, evidence, treatment
 from pyrodyn.errors import ComparisonError
 from pyrodyn.fitting import predict
-from pyrodyn.inference import collapse
 from pyrodyn.posterior import thinned
 from pyrodyn.recording import Recording
 from pyrodyn.scoring import bits_per_spike_over_trials
@@ -182,6 +181,6 @@ def _density(
     whole, total = of(recording), np.zeros(recording.num_trials)
     for part in visible:
         total = total + logsumexp(whole - of(part), axis=0) - np.log(len(chosen))
-    likelihood = EXACT if collapse(candidate.model).is_exact else LAPLACE
+    likelihood = treatment(candidate.model, recording)
     recording = recording if scored is None else scored
     return Score(estimator, likelihood, "elpd", total, "trial", recording.trial, recording)

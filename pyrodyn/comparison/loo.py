@@ -20,7 +20,7 @@ import numpy as np
 from scipy.special import logsumexp
 
 from pyrodyn.comparison.terms import (
-    EXACT,
+    LAPLACE,
     PARTICLES,
     Candidate,
     Particles,
@@ -60,7 +60,7 @@ class LOO:
         pointwise, variance = weighted_mean(weights, found, terms.efficiency)
         inside = logsumexp(full_weights(terms) + found, axis=0)
         likelihood, uncorrected = terms.likelihood, None
-        if terms.likelihood != EXACT and self.particles is not None:
+        if terms.likelihood == LAPLACE and self.particles is not None:
             added, more = corrected(candidate, terms, weights, self.particles, seed)
             likelihood, uncorrected = PARTICLES, pointwise
             pointwise, variance = pointwise + added, variance + more

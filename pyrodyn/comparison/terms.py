@@ -11,15 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
+from pyro import poutine
 from scipy.special import logsumexp
 from torch import Tensor
 
 from pyrodyn.diagnostics import effective_share
+from pyrodyn.distributions import SwitchingPath
 from pyrodyn.errors import ComparisonError
-from pyrodyn.inference import collapse
+from pyrodyn.inference import collapse, collapses
 from pyrodyn.inference.engine import Engine, double_precision, random_stream
+from pyrodyn.inference.switching_particles import switching_evidence
 from pyrodyn.posterior import BATCH_NUMBERS, engine_of, parameters_at, thinned
-from pyrodyn.program import LatentModel
+from pyrodyn.program import LatentModel, StateSpaceModel
 from pyrodyn.recording import Recording
 
 Globals = Callable[[np.ndarray], Any]  # positions of draws -> parameters of a model, each (draw, 1, *event)
@@ -28,6 +31,8 @@ LARGEST = 300.0  # log of a ratio whose square is still a number
 LEAST_DRAWS = 25  # from which the tail of the weights can be fitted
 PARTICLE_STREAM = 1_000_033  # a random stream that nothing else uses
 EXACT, LAPLACE, PARTICLES = "exact", "Laplace", "Laplace + particles"
+FILTERED = "particles"  # alone: of a path whose dynamics switch
+FILTER_PARTICLES, FILTER_DRAWS = 300, 100
 
 
 @dataclass(frozen=True)
@@ -164,6 +169,8 @@ def terms_of(candidate: Candidate) -> Terms:
     """
     posterior, name = candidate.posterior, candidate.name
     if "log_likelihood" not in posterior.children:
+        if treatment(candidate.model, candidate.recording) == FILTERED:
+            return _filtered(candidate)
         raise ComparisonError(
             f"{name!r}: the posterior has no group log_likelihood, since its path cannot be integrated out; compare by "
             "held-out entries instead: method=comparison.HeldOutEntries()"
@@ -200,6 +207,44 @@ def terms_of(candidate: Candidate) -> Terms:
         weighted,
         engine_name(posterior),
     )
+
+
+def _filtered(candidate: Candidate) -> Terms:
+    """Log likelihoods that only particles give; MCMC draws, thinned since each costs a filter."""
+    posterior = candidate.posterior
+    stats, sizes = posterior["sample_stats"].to_dataset(), posterior["posterior"].to_dataset().sizes
+    if "log_q" in stats:
+        raise ComparisonError(
+            f"{candidate.name!r}: draws of {engine_name(posterior)} have a density over globals and paths together, "
+            "and cannot be weighted by the globals alone; fit with inference.Gibbs()"
+        )
+    positions = thinned(sizes["chain"] * sizes["draw"], FILTER_DRAWS)
+    if len(positions) < LEAST_DRAWS:
+        raise ComparisonError(
+            f"{candidate.name!r}: the posterior has {len(positions)} draws, expected {LEAST_DRAWS} or more to judge "
+            "importance weights by; fit with more draws"
+        )
+    values = evidence(candidate.model, candidate.globals_at, positions, candidate.recording)
+    return Terms(
+        values,
+        np.zeros(len(values)),
+        effective_share(values[None]),
+        positions,
+        candidate.recording.trial,
+        FILTERED,
+        False,
+        engine_name(posterior),
+    )
+
+
+def treatment(model: LatentModel, recording: Recording) -> str:
+    """How log likelihoods of trials come about with everything latent integrated out."""
+    if isinstance(model, StateSpaceModel) and not collapses(model, recording):
+        with torch.no_grad(), torch.random.fork_rng(devices=()), poutine.block():
+            law = model.latent_path(model.sample_globals(recording), recording)
+        if isinstance(law, SwitchingPath):
+            return FILTERED
+    return EXACT if collapse(model).is_exact else LAPLACE
 
 
 def check_data(candidate: Candidate, recording: Recording | None) -> None:
@@ -264,7 +309,21 @@ def largest_good_k(samples: int) -> float:
 
 
 def evidence(model: LatentModel, globals_at: Globals, chosen: np.ndarray, recording: Recording) -> np.ndarray:
-    """log p(y | globals) of every trial at the chosen draws, (draw, trial), in batches of draws."""
+    """log p(y | globals) of every trial at the chosen draws, (draw, trial), in batches of draws.
+
+    Exact or Laplace; where dynamics switch, by particles, the same random numbers at every call.
+    """
+    if treatment(model, recording) == FILTERED:
+        assert isinstance(model, StateSpaceModel)
+
+        def filtered(parameters: Any) -> Tensor:
+            law = model.latent_path(parameters, recording)
+            zeros = torch.zeros(recording.num_trials, *law.event_shape, dtype=torch.float64)
+            readout: Any = model.readout_law(parameters, zeros, recording)
+            return switching_evidence(law, readout, recording.values, particles=FILTER_PARTICLES)[0]
+
+        with random_stream(0, PARTICLE_STREAM):
+            return _in_batches(globals_at, chosen, recording, FILTER_PARTICLES, filtered)
     program = collapse(model)
     return _in_batches(globals_at, chosen, recording, 1, lambda some: program.evidence(some, recording))
 
