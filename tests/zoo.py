@@ -371,6 +371,26 @@ MODELS += (
     ),
 )
 
+DIRECTIONS = "up and down exchanged"
+NONE = "none"
+
+MODELS += (
+    Row(
+        "Stepping-conditions-ragged",
+        models.Stepping(("a", "b")),
+        lambda: blank(lengths=[9, 4, 1], conditions=("a", "b")),
+        DIRECTIONS,
+    ),
+    Row("Stepping-geometric-missing", models.Stepping(phases=1), lambda: blank(missing=0.2), DIRECTIONS),
+    Row(
+        "Accumulator-conditions-ragged",
+        models.Accumulator(("a", "b"), grid=25),
+        lambda: blank(lengths=[9, 4, 1], conditions=("a", "b")),
+        NONE,
+    ),
+    Row("Accumulator-no-bound-missing", models.Accumulator(bound=False, grid=40), lambda: blank(missing=0.2), NONE),
+)
+
 READOUTS: tuple[readouts.Readout, ...] = (
     readouts.Gaussian(),
     readouts.Poisson(),

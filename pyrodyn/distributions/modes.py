@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyrodyn.linalg.markov import sample_modes
+from pyrodyn.linalg.markov import mode_log_normaliser, sample_modes
+from pyrodyn.linalg.matrix import broadcast_shapes
 
 
 class MarkovModes(TorchDistribution):
@@ -52,5 +55,92 @@ class MarkovModes(TorchDistribution):
         return MarkovModes(
             self.initial.expand(batch + self.initial.shape[-1:]),
             self.transition.expand(batch + self.transition.shape[-2:]),
+            self.event_shape[0],
+        )
+
+
+class ConditionedModes(TorchDistribution):
+    """Paths of modes whose Markov chain depends on the condition of a trial: event (time), batch (*draw, trial).
+
+    Trials of one condition share one transition, so that they are filtered together; chains of a hundred modes ask
+    for that. Conditions and draws are taken one after another.
+
+    Parameters
+    ----------
+    initial : Tensor, (*draw, 1, condition, mode)
+        Log probabilities of the first mode.
+    transition : Tensor, (*draw, 1, condition, mode, mode)
+        Log probabilities, rows from a mode, columns to the next.
+    which : Tensor of int, (trial,)
+        Condition of every trial.
+    num_bins : int
+    """
+
+    arg_constraints = {}
+
+    def __init__(self, initial: Tensor, transition: Tensor, which: Tensor, num_bins: int) -> None:
+        self.initial, self.transition, self.which = initial, transition, which
+        batch = broadcast_shapes(initial.shape[:-2], transition.shape[:-3], which.shape)
+        super().__init__(batch, torch.Size((num_bins,)), validate_args=False)
+
+    @constraints.dependent_property(is_discrete=True, event_dim=1)
+    def support(self):
+        return constraints.independent(constraints.integer_interval(0, self.initial.shape[-1] - 1), 1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        modes = self.initial.shape[-1]
+        value = value.expand(broadcast_shapes(value.shape, (*self.batch_shape, 1)))
+        which = self.which.unsqueeze(-1)
+        first = self.initial.flatten(-2).expand(*value.shape[:-1], -1)
+        start = first.gather(-1, which * modes + value[..., :1]).squeeze(-1)
+        rows = self.transition.flatten(-3).expand(*value.shape[:-1], -1)
+        steps = (which * modes + value[..., :-1]) * modes + value[..., 1:]
+        return start + rows.gather(-1, steps).sum(-1)
+
+    def log_normaliser(self, likelihood: Tensor) -> Tensor:
+        """Log of the sum over all paths of what was observed, (*draw, trial).
+
+        ``likelihood`` (*draw, trial, time, mode) is logarithmic.
+        """
+        return self._of_groups(mode_log_normaliser, likelihood)
+
+    def sample_given(self, likelihood: Tensor) -> Tensor:
+        """Paths (*draw, trial, time) drawn from the posterior; ``likelihood`` as in `log_normaliser`."""
+        return self._of_groups(lambda *potentials: sample_modes(*potentials).squeeze(-2), likelihood)
+
+    def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 (torch's own signature)
+        shape = self._extended_shape(sample_shape)
+        with torch.no_grad():
+            return self.sample_given(self.initial.new_zeros(*shape, self.initial.shape[-1]))  # no observations
+
+    def _of_groups(self, function, likelihood: Tensor) -> Tensor:
+        """What a function of (initial, transition, likelihood) gives for every draw and condition, put together."""
+        lead = broadcast_shapes(self.batch_shape[:-1], likelihood.shape[:-3])
+        initial, transition = (
+            part.squeeze(-part_dims)
+            .expand(*lead, *part.shape[1 - part_dims :])
+            .reshape(-1, *part.shape[1 - part_dims :])
+            for part, part_dims in ((self.initial, 3), (self.transition, 4))
+        )
+        likelihood = likelihood.expand(*lead, *likelihood.shape[-3:]).reshape(-1, *likelihood.shape[-3:])
+        groups = list(self._groups())
+        back = torch.cat([trials for _, trials in groups]).argsort()
+        found = [
+            torch.cat([function(start[c], links[c].unsqueeze(0), seen[trials]) for c, trials in groups])[back]
+            for start, links, seen in zip(initial, transition, likelihood, strict=True)
+        ]
+        return torch.stack(found).reshape(*lead, *found[0].shape)
+
+    def _groups(self) -> Iterator[tuple[int, Tensor]]:
+        """Conditions that occur, each with the positions of its trials."""
+        for condition in self.which.unique().tolist():
+            yield condition, (self.which == condition).nonzero().squeeze(-1)
+
+    def expand(self, batch_shape, _instance=None) -> ConditionedModes:
+        lead = torch.Size(batch_shape)[:-1]
+        return ConditionedModes(
+            self.initial.expand(*lead, 1, *self.initial.shape[-2:]),
+            self.transition.expand(*lead, 1, *self.transition.shape[-3:]),
+            self.which.expand(batch_shape[-1]),
             self.event_shape[0],
         )

@@ -20,7 +20,7 @@ Rabiner, Proc. IEEE 77:257 (1989); Särkkä & García-Fernández, IEEE Trans. Au
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -80,13 +80,19 @@ def sample_modes(
     """
     initial, transition, likelihood, batch = _aligned(initial, transition, likelihood)
     _refuse_nan(initial=initial, transition=transition, likelihood=likelihood)
-    arrays = [_array(part) for part in (initial, transition, likelihood)]
-    filtered = np.empty(arrays[2].shape)
-    _kernels().filter_logarithmic(*arrays, filtered)
+    with torch.no_grad():
+        scaled = _scaled(initial, transition, likelihood)
+    if scaled is None:
+        filtered = np.empty(likelihood.shape)
+        _kernels().filter_logarithmic(*(_array(part) for part in (initial, transition, likelihood)), filtered)
+    else:
+        ordered = scaled.filtered.swapaxes(0, 1) if scaled.together else scaled.filtered
+        with np.errstate(divide="ignore"):  # what underflowed is not drawn
+            filtered = np.log(np.ascontiguousarray(ordered))
     shape = (len(filtered), samples, likelihood.shape[-2])
     uniform = torch.rand(shape, dtype=torch.float64, generator=generator).numpy()
     drawn = np.empty(shape, np.int64)
-    _kernels().draw(arrays[1], filtered, uniform, drawn)
+    _kernels().draw(_array(transition), filtered, uniform, drawn)
     return torch.from_numpy(drawn).reshape(*batch, *shape[1:]).to(likelihood.device)
 
 
@@ -140,40 +146,61 @@ def _refuse_nan(**potentials: Tensor) -> None:
             )
 
 
+class _Scaled(NamedTuple):
+    """The forward algorithm in probabilities, scaled in every bin; time comes first where elements go together."""
+
+    together: bool
+    probability: np.ndarray  # of transitions, beside the commonest
+    seen: np.ndarray  # likelihood, beside the largest of a bin
+    filtered: np.ndarray
+    scale: np.ndarray
+    value: Tensor  # log normaliser, (element,)
+
+
+def _scaled(initial: Tensor, transition: Tensor, likelihood: Tensor) -> _Scaled | None:
+    """None where a potential is too rare for probabilities, infinite in a whole bin, or NaN."""
+    commonest = transition.amax((-2, -1), keepdim=True)
+    first = initial.amax(-1, keepdim=True)
+    rarest = float(torch.minimum((transition - commonest).amin(), (initial - first).amin()))
+    potentials = _array(likelihood)
+    elements, bins, modes = potentials.shape
+    together = len(transition) == 1 and elements >= TOGETHER
+    seen = _room((bins, elements, modes) if together else potentials.shape)
+    top = np.empty((elements, bins))
+    whole = _kernels().relative(potentials, top, seen.swapaxes(0, 1) if together else seen)
+    if not rarest > RAREST or math.isnan(whole):
+        return None
+    np.exp(seen, out=seen)
+    filtered, start = _room(seen.shape), _array((initial - first).exp())
+    probability, scale = _array((transition - commonest).exp()), np.empty(seen.shape[:2])
+    if together:
+        _kernels().filter_together(start, probability[0], seen, filtered, scale)
+    else:
+        _kernels().filter_scaled(start, probability, seen, filtered, scale, _known(modes))
+    total = top.sum(-1) + np.log(scale).sum(0 if together else 1)
+    shift = commonest.sum((-3, -2, -1)) * (bins - 1 if transition.shape[-3] == 1 else 1)
+    value = torch.from_numpy(total) + first.squeeze(-1) + (shift if bins > 1 else 0.0)
+    return _Scaled(together, probability, seen, filtered, scale, value)
+
+
 class _ModeLogNormaliser(torch.autograd.Function):
     """The compiled forward algorithm; its gradient is the compiled smoother."""
 
     @staticmethod
     def forward(ctx, initial: Tensor, transition: Tensor, likelihood: Tensor) -> Tensor:
-        commonest = transition.amax((-2, -1), keepdim=True)
-        first = initial.amax(-1, keepdim=True)
-        rarest = float(torch.minimum((transition - commonest).amin(), (initial - first).amin()))
-        potentials = _array(likelihood)
-        elements, bins, modes = potentials.shape
-        ctx.together = len(transition) == 1 and elements >= TOGETHER
-        seen = _room((bins, elements, modes) if ctx.together else potentials.shape)
-        top = np.empty((elements, bins))
-        whole = _kernels().relative(potentials, top, seen.swapaxes(0, 1) if ctx.together else seen)
-        ctx.scaled = rarest > RAREST and not math.isnan(whole)
-        if not ctx.scaled:
+        scaled = _scaled(initial, transition, likelihood)
+        ctx.scaled = scaled is not None
+        if scaled is None:
             _refuse_nan(initial=initial, transition=transition, likelihood=likelihood)
-            arrays = _array(initial), _array(transition), potentials
-            filtered = np.empty(potentials.shape)
+            arrays = _array(initial), _array(transition), _array(likelihood)
+            filtered = np.empty(likelihood.shape)
             _kernels().filter_logarithmic(*arrays, filtered)
             value = torch.logsumexp(torch.from_numpy(filtered[:, -1]), -1)
             ctx.arrays = *arrays[1:], filtered, value.numpy()
             return value
-        np.exp(seen, out=seen)
-        filtered, start = _room(seen.shape), _array((initial - first).exp())
-        probability, scale = _array((transition - commonest).exp()), np.empty(seen.shape[:2])
-        if ctx.together:
-            _kernels().filter_together(start, probability[0], seen, filtered, scale)
-        else:
-            _kernels().filter_scaled(start, probability, seen, filtered, scale, _known(modes))
-        ctx.arrays = probability, seen, filtered, scale
-        total = top.sum(-1) + np.log(scale).sum(0 if ctx.together else 1)
-        shift = commonest.sum((-3, -2, -1)) * (bins - 1 if transition.shape[-3] == 1 else 1)
-        return torch.from_numpy(total) + first.squeeze(-1) + (shift if bins > 1 else 0.0)
+        ctx.together = scaled.together
+        ctx.arrays = scaled.probability, scaled.seen, scaled.filtered, scaled.scale
+        return scaled.value
 
     @staticmethod
     @once_differentiable

@@ -1,5 +1,6 @@
 """The zoo: one model a file. Each is a frozen dataclass of options and a Pyro program of a recording."""
 
+from pyrodyn.models.accumulator import Accumulator
 from pyrodyn.models.arhmm import ARHMM
 from pyrodyn.models.gain_hmm import GainHMM
 from pyrodyn.models.hmm import HMM
@@ -10,12 +11,14 @@ from pyrodyn.models.linear_sde import LinearSDE
 from pyrodyn.models.multi_region_lds import MultiRegionLDS
 from pyrodyn.models.neural_ode import NeuralODE
 from pyrodyn.models.neural_sde import NeuralSDE
+from pyrodyn.models.stepping import Stepping
 from pyrodyn.models.switching_lds import SwitchingLDS
 from pyrodyn.models.time_priors import MarkovPrior, SmoothPrior, StaticPrior
 from pyrodyn.models.vae import VAE
 
 __all__ = [
     "ARHMM",
+    "Accumulator",
     "GainHMM",
     "HMM",
     "LDS",
@@ -29,5 +32,6 @@ __all__ = [
     "SmoothPrior",
     "StaticPrior",
     "SwitchingLDS",
+    "Stepping",
     "VAE",
 ]
