@@ -1,7 +1,7 @@
 """Does evidence tell cells that step from cells that ramp, and are drifts recovered?
 
-Run `python benchmarks/compare_step_ramp.py`; it writes docs/tables/step_ramp.md, in about seven minutes on one core. The
-exit code is 1 unless the bars stated there are met.
+Run `python benchmarks/compare_step_ramp.py`; it writes docs/tables/step_ramp.md, in about seven minutes on one core.
+The exit code is 1 unless the bars stated there are met.
 """
 
 from __future__ import annotations

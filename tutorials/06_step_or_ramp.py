@@ -21,7 +21,8 @@
 # So averages cannot tell. A single trial holds a dozen spikes, and cannot tell either. What can is a model of single
 # trials in which the moment of the jump, or the path of the ramp, is summed out:
 #
-# $$p(y \mid \text{model}) = \int \prod_{i} \sum_{\text{paths}} p(y_i, \text{path} \mid \theta) \, p(\theta) \, d\theta .$$
+# $$p(y \mid \text{model}) =
+# \int \prod_{i} \sum_{\text{paths}} p(y_i, \text{path} \mid \theta) \, p(\theta) \, d\theta .$$
 #
 # In this tutorial you will
 #
@@ -107,8 +108,9 @@ figure.tight_layout()
 #
 # ## 2. Telling them apart
 #
-# Fit both models to both neurons. Each is a hidden Markov chain: a few phases and two outcomes for a step, a grid of 60
-# positions for a ramp. So the sum over all paths is exact, and what an engine sees is a smooth density of a few numbers.
+# Fit both models to both neurons. Each is a hidden Markov chain: a few phases and two outcomes for a step, a grid of
+# 60 positions for a ramp. So the sum over all paths is exact, and what an engine sees is a smooth density of a few
+# numbers.
 
 # %%
 engine = inference.Laplace(draws=300)
@@ -174,8 +176,8 @@ print(f"median error of the step's time: {10 * np.median(np.abs(found - planted)
 #
 # ## 4. When both are wrong
 #
-# A comparison ranks. It does not say that any model is good. Here is a neuron that does neither: its rate rises smoothly
-# in every trial, without noise in its path, and without a bound.
+# A comparison ranks. It does not say that any model is good. Here is a neuron that does neither: its rate rises
+# smoothly in every trial, without noise in its path, and without a bound.
 
 # %%
 slope = np.array([-0.5, 0.0, 0.6])[which]
