@@ -373,6 +373,7 @@ MODELS += (
 
 DIRECTIONS = "up and down exchanged"
 NONE = "none"
+PLACES = tuple(tuple(0.5 + 20.0 * np.exp(-0.5 * (np.arange(5) - peak) ** 2)) for peak in (0, 1, 3, 4))
 
 MODELS += (
     Row(
@@ -386,6 +387,12 @@ MODELS += (
         "Accumulator-conditions-ragged",
         models.Accumulator(("a", "b"), grid=25),
         lambda: blank(lengths=[9, 4, 1], conditions=("a", "b")),
+        NONE,
+    ),
+    Row(
+        "Replay-ragged-missing",
+        models.Replay(fields=PLACES, walk=3.0, stay=0.8),
+        lambda: blank(lengths=[9, 4, 1], missing=0.2),
         NONE,
     ),
     Row("Accumulator-no-bound-missing", models.Accumulator(bound=False, grid=40), lambda: blank(missing=0.2), NONE),

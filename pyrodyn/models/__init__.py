@@ -11,6 +11,7 @@ from pyrodyn.models.linear_sde import LinearSDE
 from pyrodyn.models.multi_region_lds import MultiRegionLDS
 from pyrodyn.models.neural_ode import NeuralODE
 from pyrodyn.models.neural_sde import NeuralSDE
+from pyrodyn.models.replay import Replay, place_fields
 from pyrodyn.models.stepping import Stepping
 from pyrodyn.models.switching_lds import SwitchingLDS
 from pyrodyn.models.time_priors import MarkovPrior, SmoothPrior, StaticPrior
@@ -29,9 +30,11 @@ __all__ = [
     "MultiRegionLDS",
     "NeuralODE",
     "NeuralSDE",
+    "Replay",
     "SmoothPrior",
     "StaticPrior",
     "SwitchingLDS",
     "Stepping",
     "VAE",
+    "place_fields",
 ]
