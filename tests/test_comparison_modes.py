@@ -17,7 +17,7 @@ import pyrodyn as dyn
 from pyrodyn import comparison, inference, models, readouts
 from pyrodyn.comparison.evidence import _NearOneCopy, _vectors
 from pyrodyn.inference.engine import random_stream
-from pyrodyn.models.hmm import _contrasts
+from pyrodyn.models.hmm import mode_contrasts
 from pyrodyn.program import globals_given
 from pyrodyn.recording import Recording
 
@@ -122,7 +122,7 @@ def test_the_nearest_copy_undoes_any_numbering(modes):
         sites |= {
             "initial": permuted.initial,
             "transition": permuted.transition,
-            "contrasts": _contrasts(modes).mT @ apart,
+            "contrasts": mode_contrasts(modes).mT @ apart,
         }
         assert modes < 4 or not torch.allclose(sites["contrasts"], values["contrasts"])
     back = model.nearest_copy(sites, {n: v[2] for n, v in values.items()}, like)
@@ -146,7 +146,7 @@ def planted(modes: int, seed: int) -> Recording:
     apart = torch.from_numpy(np.log(rates))
     values = {
         "offset": apart.mean(0),
-        "contrasts": _contrasts(modes).mT @ apart,
+        "contrasts": mode_contrasts(modes).mT @ apart,
         "transition": 0.9 * torch.eye(modes).double() + 0.1 / modes,
     }
     return dyn.simulate(models.HMM(modes), like, seed=seed, values=values)[0]
