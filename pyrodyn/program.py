@@ -231,6 +231,13 @@ def globals_given(model: LatentModel, values: Mapping[str, Tensor], recording: R
         return model.sample_globals(recording)
 
 
+def global_laws(model: LatentModel, recording: Recording) -> dict[str, Any]:
+    """The prior of every global site, by name."""
+    with poutine.block(), torch.no_grad():
+        trace = poutine.trace(model.sample_globals).get_trace(recording)
+    return {name: site["fn"] for name, site in trace.nodes.items() if is_random(site)}
+
+
 def log_terms(program: Program, values: Mapping[str, Tensor], recording: Recording) -> tuple[Tensor, Tensor]:
     """Log density of a program at ``values`` of its latent sites, split in two.
 

@@ -17,7 +17,7 @@ import pyrodyn as dyn
 from pyrodyn import comparison, inference, models, readouts
 from pyrodyn.comparison.evidence import _NearOneCopy, _vectors
 from pyrodyn.inference.engine import random_stream
-from pyrodyn.models.hmm import mode_contrasts
+from pyrodyn.models._modes import mode_contrasts
 from pyrodyn.program import globals_given
 from pyrodyn.recording import Recording
 

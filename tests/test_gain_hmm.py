@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 
 import pyrodyn as dyn
 from pyrodyn import inference, models, readouts
-from pyrodyn.models.hmm import mode_contrasts
+from pyrodyn.models._modes import mode_contrasts
 from pyrodyn.program import globals_given, log_terms
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyrodyn.conditionals.paths import LEAST_CURVATURE, Reference, factors, gaussian_path, settled, turned_path
@@ -20,7 +19,7 @@ from pyrodyn.models._regions import MultiRegionParameters
 from pyrodyn.models._regions_network import common_signs, learn, move_network, scatter
 from pyrodyn.models._regions_rows import draw_rows, place_regressors
 from pyrodyn.models._regions_scales import draw_edge_scales, draw_units, draw_variances, rescale
-from pyrodyn.program import globals_given
+from pyrodyn.program import global_laws, globals_given
 from pyrodyn.readouts import AffineReadout
 from pyrodyn.recording import Recording
 
@@ -67,13 +66,11 @@ class RegionSweep:
         self.law = model.network_prior(recording)
         self.regions = model.regions(recording)
         self.scale = model.readout.signal_scale(recording)
-        with poutine.block(), torch.no_grad():
-            trace = poutine.trace(model.sample_globals).get_trace(recording)
-        nodes: Any = trace.nodes
-        self.offset_prior = nodes["offset"]["fn"].base_dist
-        self.event_dims = {n: len(site["fn"].event_shape) for n, site in nodes.items() if site["type"] == "sample"}
+        laws = global_laws(model, recording)
+        self.offset_prior = laws["offset"].base_dist
+        self.event_dims = {name: len(law.event_shape) for name, law in laws.items()}
         name = model.readout.noise_name
-        self.noise_prior = None if name is None else nodes[name]["fn"].base_dist
+        self.noise_prior = None if name is None else laws[name].base_dist
         self.readout, self.noisy = model.readout.bound(recording), model.readout.noisy(recording)
         self.bumps = model.num_bumps(recording)
         self.proposal = NetworkProposal(self.law.slab if isinstance(self.law, HorseshoeNetwork) else self.law)

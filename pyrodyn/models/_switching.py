@@ -7,17 +7,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pyrodyn.distributions import GaugedLoading, SwitchingPath
 from pyrodyn.errors import ModelError
 from pyrodyn.linalg.matrix import cholesky
 from pyrodyn.linalg.taming import companion, lagged_radius, log_tame_jacobian, tame, untame
+from pyrodyn.models._modes import mode_contrasts, numbering
 from pyrodyn.program import Labelled
 from pyrodyn.recording import Recording
 
@@ -135,7 +134,7 @@ class StepPrior:
     @property
     def contrasts(self) -> Tensor:
         """H, (mode, mode - 1)."""
-        return contrasts(self.modes)
+        return mode_contrasts(self.modes)
 
     def sample(self, recording: Recording) -> ModeSteps:
         """Place the priors."""
@@ -208,9 +207,7 @@ class StepPrior:
             return torch.cat([size.flatten(-2), sites["bias"] / self.bias_scale], -1)
 
         costs = (told(reference).unsqueeze(-2) - told(values).unsqueeze(-3)).square().sum(-1)
-        found = [linear_sum_assignment(cost)[1] for cost in costs.reshape(-1, *costs.shape[-2:]).cpu().numpy()]
-        order = torch.from_numpy(np.stack(found)).to(costs.device).reshape(costs.shape[:-1])
-        return self.numbered(values, order)
+        return self.numbered(values, numbering(costs))
 
     def numbered(self, values: Mapping[str, Tensor], order: Tensor) -> dict[str, Tensor]:
         """Sites (*draw, 1, *event) with mode ``order[..., k]`` (*draw, 1, mode) as the new mode k."""
@@ -259,16 +256,6 @@ def process_noise(root: Tensor, scale: Tensor) -> Tensor:
     eye = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
     inverse = torch.linalg.solve_triangular(root, eye.expand_as(root), upper=False)
     return scale[..., None, None, None] * inverse.mT @ inverse
-
-
-def contrasts(modes: int) -> Tensor:
-    """Orthonormal columns (mode, mode - 1), each summing to zero over modes (Helmert's)."""
-    basis = torch.zeros(modes, modes - 1, dtype=torch.float64)
-    for k in range(1, modes):
-        basis[:k, k - 1] = 1.0
-        basis[k, k - 1] = -k
-        basis[:, k - 1] /= math.sqrt(k * (k + 1))
-    return basis
 
 
 def permuted(steps: ModeSteps, order: Tensor) -> ModeSteps:

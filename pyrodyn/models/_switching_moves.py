@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pyrodyn.conditionals.steps import draw_coefficients, draw_precision, draw_scale, step_sums
 from pyrodyn.conditionals.transitions import StateLogits, draw_dirichlet, transition_counts
+from pyrodyn.models._modes import numbering
 from pyrodyn.models._switching import RECURRENCE, SCALE, ModeSteps, StepPrior, inside_of, permuted
 from pyrodyn.recording import Recording
 
@@ -75,7 +75,7 @@ class StepMoves:
         chosen = torch.nn.functional.one_hot(state["modes"], modes).to(torch.float64) * self.inside.unsqueeze(-1)
         aim = state["aim"].repeat_interleave(chains // len(state["aim"]), 0)
         overlap = torch.einsum("ibtj,ibtk->ijk", aim, chosen)
-        return torch.stack([torch.from_numpy(linear_sum_assignment(-each.numpy())[1]) for each in overlap])
+        return numbering(-overlap)
 
     # ------------------------------------------------------------------------------------------ moves
 

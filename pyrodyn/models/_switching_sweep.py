@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyrodyn.conditionals.modes import settle
@@ -15,7 +14,7 @@ from pyrodyn.models._switching import rotated
 from pyrodyn.models._switching_moves import State, StepMoves, flat
 from pyrodyn.models._switching_orbit import reshape_latents, shift_latents
 from pyrodyn.models._switching_path import draw_path
-from pyrodyn.program import globals_given
+from pyrodyn.program import global_laws, globals_given
 from pyrodyn.readouts import AffineReadout
 from pyrodyn.recording import Recording
 
@@ -41,13 +40,11 @@ class SwitchingSweep:
         self.prior = model.step_prior(recording)
         self.loading_scale = model.loading_scale(recording)  # (unit, 1)
         self.moves = StepMoves(self.prior, recording)
-        with poutine.block(), torch.no_grad():
-            trace = poutine.trace(model.sample_globals).get_trace(recording)
-        nodes: Any = trace.nodes
-        self.offset_prior = nodes["offset"]["fn"].base_dist
-        self.event_dims = {n: len(site["fn"].event_shape) for n, site in nodes.items() if site["type"] == "sample"}
+        laws = global_laws(model, recording)
+        self.offset_prior = laws["offset"].base_dist
+        self.event_dims = {name: len(law.event_shape) for name, law in laws.items()}
         name = model.readout.noise_name
-        self.noise_prior = None if name is None else nodes[name]["fn"].base_dist
+        self.noise_prior = None if name is None else laws[name].base_dist
 
     # ------------------------------------------------------------------------------------------ start and end
 

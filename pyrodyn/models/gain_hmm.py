@@ -14,7 +14,8 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from pyrodyn.errors import ModelError
-from pyrodyn.models.hmm import HMM, STARTS, HMMParameters, mode_contrasts
+from pyrodyn.models._modes import mode_contrasts
+from pyrodyn.models.hmm import HMM, STARTS, HMMParameters
 from pyrodyn.program import Labelled, globals_given
 from pyrodyn.readouts import NegativeBinomial, Poisson
 from pyrodyn.recording import Recording

@@ -12,13 +12,13 @@ import pyro
 import pyro.distributions as dist
 import torch
 from scipy.ndimage import uniform_filter1d
-from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 from torch import Tensor
 
 from pyrodyn.distributions.modes import MarkovModes
 from pyrodyn.errors import ModelError
 from pyrodyn.linalg import mode_log_normaliser, sample_modes
+from pyrodyn.models._modes import mode_contrasts, numbering
 from pyrodyn.program import OBSERVATION_DIMS, IntegratedModel, Labelled
 from pyrodyn.readouts import AffineReadout, PerRegion, Poisson, Readout, as_readout, mode_log_likelihood
 from pyrodyn.recording import Recording
@@ -280,8 +280,7 @@ class HMM(IntegratedModel):
         basis = mode_contrasts(self.num_modes).to(values["contrasts"].device)
         apart, wanted = basis @ values["contrasts"], basis @ reference["contrasts"]
         costs = (wanted.unsqueeze(-2) - apart.unsqueeze(-3)).square().sum(-1)  # (*draw, 1, mode, own mode)
-        found = [linear_sum_assignment(cost)[1] for cost in costs.reshape(-1, *costs.shape[-2:]).cpu().numpy()]
-        return torch.from_numpy(np.stack(found)).to(costs.device).reshape(costs.shape[:-1])
+        return numbering(costs)
 
 
 def stationary_distribution(transition: Tensor) -> Tensor:
@@ -290,13 +289,3 @@ def stationary_distribution(transition: Tensor) -> Tensor:
     # (I - P' + 1 1') pi = 1 has the stationary distribution as its one solution.
     system = torch.eye(modes, dtype=transition.dtype, device=transition.device) * (1.0 + RIDGE) - transition.mT + 1.0
     return torch.linalg.solve(system, torch.ones_like(transition[..., :1])).squeeze(-1)
-
-
-def mode_contrasts(modes: int) -> Tensor:
-    """Orthonormal columns (mode, mode - 1), each summing to zero over modes (Helmert's)."""
-    basis = torch.zeros(modes, modes - 1, dtype=torch.float64)
-    for k in range(1, modes):
-        basis[:k, k - 1] = 1.0
-        basis[k, k - 1] = -k
-        basis[:, k - 1] /= math.sqrt(k * (k + 1))
-    return basis

@@ -28,6 +28,7 @@ from pyrodyn.models._switching import (
 )
 from pyrodyn.models._switching_start import initial_sites, latent_start
 from pyrodyn.models._switching_sweep import SwitchingSweep
+from pyrodyn.models._symmetry import rotation
 from pyrodyn.program import Labelled, StateSpaceModel
 from pyrodyn.readouts import AffineReadout, Poisson, Readout
 from pyrodyn.recording import Recording
@@ -215,9 +216,7 @@ class SwitchingLDS(StateSpaceModel):
         """A random numbering of the modes, (mode,), and a random turn of the latents, (latent, latent)."""
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(self.num_modes, generator=generator)
-        normal = torch.randn(self.latent_dim, self.latent_dim, generator=generator, dtype=torch.float64)
-        basis, triangle = torch.linalg.qr(normal)
-        return order, basis * triangle.diagonal().sign()
+        return order, rotation(self.latent_dim, generator)
 
     def log_copies(self, recording: Recording) -> float:
         """Modes may be numbered in any order."""
