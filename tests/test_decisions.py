@@ -202,7 +202,9 @@ def test_drawn_paths_occur_as_often_as_their_posterior_says():
         assert float(error.abs().max()) < 5 * 0.5 / draws**0.5
 
 
-def test_draws_and_conditions_are_those_of_chains_taken_alone():
+@pytest.mark.parametrize("few", [0, 10])
+def test_draws_and_conditions_are_those_of_chains_taken_alone(few, monkeypatch):
+    monkeypatch.setattr("pyrodyn.distributions.modes.FEW", few)  # both ways through the filter
     generator = torch.Generator().manual_seed(0)
     start, links = (torch.randn(2, 1, 3, *shape, generator=generator).double() for shape in ((4,), (4, 4)))
     which = torch.tensor([2, 0, 2, 1])

@@ -18,7 +18,8 @@ from torch import Tensor
 
 import pyrodyn as dyn
 from pyrodyn import guides, inference, readouts
-from pyrodyn.comparison import LOO
+from pyrodyn.comparison import LOO, HeldOutEntries, KFold
+from pyrodyn.comparison.folds import _fold_of
 from pyrodyn.comparison.terms import Candidate, terms_of
 from pyrodyn.conditionals.modes import settle
 from pyrodyn.conditioning import path_evidence
@@ -30,6 +31,8 @@ from pyrodyn.models._switching_path import draw_path
 from pyrodyn.models.switching_lds import SwitchingLDS
 from pyrodyn.program import globals_given, log_joint
 from pyrodyn.readouts import AffineReadout
+
+SHORT = inference.Gibbs(draws=15, warmup=10, chains=2)
 
 
 def blank(trials: int = 2, bins: int = 9, units: int = 3, *, counts: bool, inputs: int = 0, **options: Any):
@@ -335,28 +338,66 @@ def test_particles_of_counts_and_state_dependent_modes_agree_with_a_plain_filter
     assert float(((found - plain) / (error**2 + 0.01**2).sqrt()).abs().max()) < 4.0
 
 
-def test_leaving_a_trial_out_sums_over_all_paths_by_particles():
+def short_runs() -> tuple[SwitchingLDS, Any, Any, list]:
+    """Three trials of six bins, a short run of Gibbs on them, and all 64 paths of the modes."""
     model = SwitchingLDS(2, 1, stickiness=3.0, readout=readouts.Gaussian())
     recording, _ = dyn.simulate(model, blank(3, 6, 2, counts=False), seed=4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dyn.FitWarning)
-        posterior = dyn.fit(model, recording, inference.Gibbs(draws=15, warmup=10, chains=2), seed=0)
+        posterior = dyn.fit(model, recording, SHORT, seed=0)
+    return model, recording, posterior, list(itertools.product(range(2), repeat=6))
+
+
+def over_paths(model: SwitchingLDS, parameters: Any, recording: Any, sequences: list) -> np.ndarray:
+    """Log p(y | parameters) of every draw and trial, (draw, trial), as a sum over every path of the modes."""
+    chosen = torch.nn.functional.one_hot(torch.tensor(sequences), 2).double()[:, None, None]  # (path, 1, 1, time, mode)
+    with torch.no_grad(), double_precision():
+        prior = model.latent_path(parameters, recording).given_modes(chosen)
+        seen = path_evidence(prior, model.readout_law(parameters, prior.mean, recording), recording.values)
+    initial, transition = parameters.initial.log()[:, 0], parameters.transition.log()[:, 0]
+    for i, modes in enumerate(sequences):
+        steps = sum(transition[:, a, b] for a, b in itertools.pairwise(modes))
+        seen[i] += (initial[:, modes[0]] + steps).unsqueeze(-1)
+    return torch.logsumexp(seen, 0).numpy()
+
+
+def log_mean(values: np.ndarray) -> np.ndarray:
+    return scipy.special.logsumexp(values, axis=0) - np.log(len(values))
+
+
+def test_leaving_a_trial_out_sums_over_all_paths_by_particles():
+    model, recording, posterior, sequences = short_runs()
     candidate = Candidate("switching", model, posterior, recording)
     terms = terms_of(candidate)
     assert terms.likelihood == "particles" and terms.log_likelihood.shape == (30, 3)
-    sequences = list(itertools.product(range(2), repeat=6))
-    chosen = torch.nn.functional.one_hot(torch.tensor(sequences), 2).double()[:, None, None]  # (path, 1, 1, time, mode)
-    with torch.no_grad(), double_precision():
-        parameters = candidate.globals_at(terms.positions)
-        law = model.latent_path(parameters, recording)
-        prior = law.given_modes(chosen)
-        seen = path_evidence(prior, model.readout_law(parameters, prior.mean, recording), recording.values)
-        potentials = parameters.initial.log()[:, 0], parameters.transition.log()[:, 0]
-    for i, modes in enumerate(sequences):
-        steps = sum(potentials[1][:, a, b] for a, b in itertools.pairwise(modes))
-        seen[i] += (potentials[0][:, modes[0]] + steps).unsqueeze(-1)
-    apart = terms.log_likelihood - torch.logsumexp(seen, 0).numpy()
+    exact = over_paths(model, candidate.globals_at(terms.positions), recording, sequences)
+    apart = terms.log_likelihood - exact
     assert np.abs(apart).max() < 0.5 and np.abs(apart.mean(0)).max() < 0.05 and apart.std() > 1e-4
-    exact = torch.logsumexp(seen, 0).numpy()
-    left_out = -(scipy.special.logsumexp(-exact, axis=0) - np.log(len(exact)))  # importance weights as they are
+    left_out = -log_mean(-exact)  # importance weights as they are
     assert abs(LOO().score(candidate, None, 0).pointwise.sum() - float(left_out.sum())) < 0.5
+
+
+def test_folds_and_hidden_entries_of_switching_dynamics_sum_over_all_paths():
+    model, recording, posterior, sequences = short_runs()
+    candidate = Candidate("switching", model, posterior, recording)
+    folds = KFold(folds=3).score(candidate, None, 0)
+    assert folds.likelihood == "particles"
+    for k in range(3):
+        trial = int(np.flatnonzero(_fold_of(recording, 3, 0) == k)[0])
+        rest = recording.isel(trial=np.delete(np.arange(3), trial))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", dyn.FitWarning)
+            refit = dyn.fit(model, rest, SHORT, seed=k)
+        own = Candidate("refit", model, refit, rest)
+        exact = over_paths(model, own.globals_at(np.arange(30)), recording.isel(trial=[trial]), sequences)
+        assert abs(folds.pointwise[trial] - float(log_mean(exact)[0])) < 0.1
+
+    hidden = np.zeros(recording.values.shape, dtype=bool)
+    hidden[:, 3, :] = True
+    entries = HeldOutEntries().score(
+        Candidate("switching", model, posterior, recording.hide(mask=hidden)), recording, 0
+    )
+    parameters = candidate.globals_at(np.arange(30))
+    whole, seen = (over_paths(model, parameters, part, sequences) for part in (recording, recording.hide(mask=hidden)))
+    assert entries.likelihood == "particles"
+    np.testing.assert_allclose(entries.pointwise, log_mean(whole - seen), atol=0.15)

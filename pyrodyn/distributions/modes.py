@@ -12,6 +12,8 @@ from torch.distributions import constraints
 from pyrodyn.linalg.markov import mode_log_normaliser, sample_modes
 from pyrodyn.linalg.matrix import broadcast_shapes
 
+FEW = 10  # modes, up to which a transition for each trial costs less than a call for each condition
+
 
 class MarkovModes(TorchDistribution):
     """Path of modes of a Markov chain: event (time), whole numbers from 0.
@@ -62,8 +64,9 @@ class MarkovModes(TorchDistribution):
 class ConditionedModes(TorchDistribution):
     """Paths of modes whose Markov chain depends on the condition of a trial: event (time), batch (*draw, trial).
 
-    Trials of one condition share one transition, so that they are filtered together; chains of a hundred modes ask
-    for that. Conditions and draws are taken one after another.
+    Long chains of few modes go through the filter in one call, each trial with a transition of its own. Where there are
+    many modes, as on a grid of positions, trials of one condition are filtered together with the transition that they
+    share, and conditions and draws are taken one after another.
 
     Parameters
     ----------
@@ -123,6 +126,9 @@ class ConditionedModes(TorchDistribution):
             for part, part_dims in ((self.initial, 3), (self.transition, 4))
         )
         likelihood = likelihood.expand(*lead, *likelihood.shape[-3:]).reshape(-1, *likelihood.shape[-3:])
+        if likelihood.shape[-1] <= FEW:
+            own = function(initial[:, self.which], transition[:, self.which].unsqueeze(-3), likelihood)
+            return own.reshape(*lead, *own.shape[1:])
         groups = list(self._groups())
         back = torch.cat([trials for _, trials in groups]).argsort()
         found = [

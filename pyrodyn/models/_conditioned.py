@@ -19,6 +19,7 @@ from pyrodyn.program import OBSERVATION_DIMS, IntegratedModel
 from pyrodyn.readouts import AffineReadout, Poisson, mode_log_likelihood
 from pyrodyn.recording import Recording
 
+MOST_NUMBERS = 2_000_000  # in an array of potentials: more draws than that wait
 RAREST = -200.0  # log probability of what cannot happen: beyond rounding, and inside the range of the fast kernels
 
 
@@ -43,6 +44,11 @@ class ConditionedChain(IntegratedModel):
     @property
     def treatment(self) -> str:
         return "summed out exactly"
+
+    @property
+    @abstractmethod
+    def num_states(self) -> int:
+        """Of the hidden chain."""
 
     @abstractmethod
     def chain(self, parameters: Any, recording: Recording) -> tuple[Tensor, Tensor]:
@@ -104,19 +110,19 @@ class ConditionedChain(IntegratedModel):
         lead = broadcast_shapes(self._lead(parameters), observations.shape[:-3])
         values = observations.expand(*lead, *observations.shape[-3:]).reshape(-1, *observations.shape[-3:])
         found = [
-            self.law(one, recording).log_normaliser(self._seen(one, recording, value))
-            for one, value in zip(self._one_by_one(parameters, lead), values, strict=True)
+            self.law(some, recording).log_normaliser(self._seen(some, recording, values[chosen]))
+            for chosen, some in self._in_batches(parameters, lead, recording)
         ]
-        return torch.stack(found).reshape(*lead, recording.num_trials)
+        return torch.cat(found).reshape(*lead, recording.num_trials)
 
     def draw_local(self, parameters: Any, recording: Recording) -> dict[str, Tensor]:
         lead = self._lead(parameters)
         with torch.no_grad():
             drawn = [
-                self.law(one, recording).sample_given(self._seen(one, recording, recording.observations))
-                for one in self._one_by_one(parameters, lead)
+                self.law(some, recording).sample_given(self._seen(some, recording, recording.observations))
+                for _, some in self._in_batches(parameters, lead, recording)
             ]
-        return {"state": torch.stack(drawn).reshape(*lead, recording.num_trials, recording.num_bins)}
+        return {"state": torch.cat(drawn).reshape(*lead, recording.num_trials, recording.num_bins)}
 
     def expected(self, parameters: Any, local: Mapping[str, Tensor], recording: Recording) -> Tensor:
         return self._given(parameters, local["state"], recording).mean
@@ -131,10 +137,10 @@ class ConditionedChain(IntegratedModel):
         return AffineReadout(Poisson(), chosen, one, torch.zeros_like(one[0]), None, recording.mask)
 
     def _seen(self, parameters: Any, recording: Recording, observations: Tensor | None) -> Tensor:
-        """Log likelihood of every bin in every state, (trial, time, state), for parameters without draws."""
+        """Log likelihood of every bin in every state, (draw, trial, time, state)."""
         predictor = self.predictor(parameters, recording)
         if observations is None:
-            return predictor.new_zeros(recording.num_trials, recording.num_bins, predictor.shape[-2])
+            return predictor.new_zeros(len(predictor), recording.num_trials, recording.num_bins, self.num_states)
         return mode_log_likelihood(Poisson(), predictor, None, observations, recording.mask)
 
     def _event_dims(self, parameters: Any) -> dict[str, int]:
@@ -145,8 +151,8 @@ class ConditionedChain(IntegratedModel):
         dims = self._event_dims(parameters)
         return broadcast_shapes(*(value.shape[: -dims[name] - 1] for name, value in parameters._asdict().items()))
 
-    def _one_by_one(self, parameters: Any, lead: torch.Size) -> Iterator[Any]:
-        """The parameters of every draw.
+    def _in_batches(self, parameters: Any, lead: torch.Size, recording: Recording) -> Iterator[tuple[slice, Any]]:
+        """The parameters of some draws at a time, (draw, 1, *event), and which they are.
 
         The transitions of a grid of positions are large: those of all draws at once would fill the memory.
         """
@@ -155,8 +161,13 @@ class ConditionedChain(IntegratedModel):
         for name, value in parameters._asdict().items():
             event = value.shape[value.dim() - dims[name] :]
             flat[name] = value.expand(*lead, 1, *event).reshape(-1, 1, *event)
-        for i in range(lead.numel()):
-            yield type(parameters)(**{name: value[i] for name, value in flat.items()})
+        each = self.num_states * max(
+            self.num_conditions * self.num_states, recording.num_trials * max(recording.num_bins, self.num_states)
+        )
+        size = max(1, MOST_NUMBERS // each)
+        for start in range(0, lead.numel(), size):
+            chosen = slice(start, start + size)
+            yield chosen, type(parameters)(**{name: value[chosen] for name, value in flat.items()})
 
 
 def early_and_late(recording: Recording, share: float = 0.2) -> tuple[np.ndarray, np.ndarray]:

@@ -98,6 +98,10 @@ class Accumulator(ConditionedChain):
         return ((1.0 if self.bound else self.upper) - self.lower) / self.grid
 
     @property
+    def num_states(self) -> int:
+        return self.grid + self.bound
+
+    @property
     def positions(self) -> Tensor:
         """Position in every state, (state,): the middles of the grid's cells, and the bound."""
         inside = self.lower + self.spacing * (torch.arange(self.grid, dtype=torch.float64) + 0.5)

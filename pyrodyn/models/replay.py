@@ -93,6 +93,10 @@ class Replay(ConditionedChain):
     def num_positions(self) -> int:
         return len(self.fields[0])
 
+    @property
+    def num_states(self) -> int:
+        return len(DYNAMICS) * self.num_positions
+
     def check(self, recording: Recording) -> None:
         super().check(recording)
         if recording.num_units != len(self.fields):
@@ -153,7 +157,7 @@ class Replay(ConditionedChain):
         with torch.no_grad():
             initial, transition = self.chain(parameters, recording)
             seen = self._seen(parameters, recording, recording.observations)
-            states, _ = mode_marginals(initial.flatten(0, -2)[0], transition.flatten(0, -3)[:1], seen)
+            states, _ = mode_marginals(initial.flatten(0, -2)[0], transition.flatten(0, -3)[:1], seen.squeeze(0))
         return states.unflatten(-1, (len(DYNAMICS), self.num_positions))
 
     def initial_values(self, recording: Recording) -> dict[str, Tensor]:

@@ -77,6 +77,10 @@ class Stepping(ConditionedChain):
                 f"step_time and change_scale must be positive, got {self.step_time!r} and {self.change_scale!r}"
             )
 
+    @property
+    def num_states(self) -> int:
+        return self.phases + 2
+
     def coordinates(self, recording: Recording) -> dict[str, np.ndarray]:
         return super().coordinates(recording) | {"phase": np.array(PHASES), "outcome": np.array(PHASES[1:])}
 
