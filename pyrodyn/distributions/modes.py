@@ -64,8 +64,8 @@ class MarkovModes(TorchDistribution):
 class ConditionedModes(TorchDistribution):
     """Paths of modes whose Markov chain depends on the condition of a trial: event (time), batch (*draw, trial).
 
-    Long chains of few modes go through the filter in one call, each trial with a transition of its own. Where there are
-    many modes, as on a grid of positions, trials of one condition are filtered together with the transition that they
+    Up to ten modes, all draws and trials go through the filter in one call, each trial with a transition of its own.
+    With more, as on a grid of positions, trials of one condition are filtered together with the transition that they
     share, and conditions and draws are taken one after another.
 
     Parameters

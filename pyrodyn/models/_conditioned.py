@@ -161,6 +161,7 @@ class ConditionedChain(IntegratedModel):
         for name, value in parameters._asdict().items():
             event = value.shape[value.dim() - dims[name] :]
             flat[name] = value.expand(*lead, 1, *event).reshape(-1, 1, *event)
+        # The largest arrays of one draw: transitions by condition or by trial, and likelihoods by bin.
         each = self.num_states * max(
             self.num_conditions * self.num_states, recording.num_trials * max(recording.num_bins, self.num_states)
         )
