@@ -29,6 +29,12 @@ def data_dir() -> Path:
 
 
 @pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Global random streams start alike in every test, whichever tests ran before it in the same process."""
+    pyro.set_rng_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def global_state_untouched() -> Iterator[None]:
     """Fail a test that leaves parameters in Pyro's global store, or another default dtype, to the tests after it."""
     dtype = torch.get_default_dtype()

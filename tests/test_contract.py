@@ -146,7 +146,8 @@ def test_a_blank_recording_samples_what_an_observed_one_scores(row):
         torch.testing.assert_close(after["fn"].log_prob(after["value"]), expected, rtol=1e-12, atol=1e-12)
     if not row.integrated:
         return
-    collapsed = poutine.trace(collapse(row.model)).get_trace(blank).nodes["observations"]["value"]
+    with random_stream(3), torch.no_grad():
+        collapsed = poutine.trace(collapse(row.model)).get_trace(blank).nodes["observations"]["value"]
     assert collapsed.shape == drawn.shape
     row.model.check(blank.with_observations(collapsed))
 
