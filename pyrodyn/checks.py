@@ -20,7 +20,15 @@ from pyro import poutine
 from pyrodyn import statistics
 from pyrodyn.errors import ModelError, RecordingError
 from pyrodyn.inference.engine import double_precision, random_stream
-from pyrodyn.posterior import BATCH_NUMBERS, draw_local, model_of, parameters_at, recording_of, thinned
+from pyrodyn.posterior import (
+    BATCH_NUMBERS,
+    draw_local,
+    latent_coordinates,
+    model_of,
+    parameters_at,
+    recording_of,
+    thinned,
+)
 from pyrodyn.program import IntegratedModel, LatentModel, StateSpaceModel, globals_given, is_random, trial_plate
 from pyrodyn.recording import Recording
 
@@ -75,6 +83,35 @@ def prior_predictive(model: LatentModel, like: Recording, *, draws: int = 50, se
     model = _replicable(model)
     parameters = _prior_parameters(model, like, draws, seed)
     return _labelled(np.concatenate(list(_replicates(model, parameters, np.arange(draws), like, True, seed))), like)
+
+
+def replicated_latents(
+    posterior: xr.DataTree,
+    recording: Recording | None = None,
+    *,
+    draws: int = 50,
+    seed: int = 0,
+    model: LatentModel | None = None,
+) -> xr.Dataset:
+    """What is latent in new trials under a posterior, such as ``mode_path`` (replicate, trial, time).
+
+    Parameters are those of `posterior_predictive`; the observations of ``recording`` are not looked at.
+    """
+    model, recording = _of_posterior(posterior, recording, model)
+    parameters, chosen = _posterior_parameters(posterior, model, draws)
+    parts: dict[str, list[np.ndarray]] = {}
+    dims: dict[str, tuple[str, ...]] = {}
+    with random_stream(seed, REPLICATE_STREAM), double_precision(), torch.no_grad():
+        for some in _batches(chosen, recording):
+            given = parameters(some)
+            with trial_plate(recording):
+                trace = poutine.trace(model.trials).get_trace(given, recording.blank())
+            local: dict[str, Any] = {name: site["value"] for name, site in trace.nodes.items() if is_random(site)}
+            for name, (names, value) in model.latents(given, local, recording.blank()).items():
+                parts.setdefault(name, []).append(value.numpy())
+                dims[name] = ("replicate", *names)
+    found = {name: (dims[name], np.concatenate(values)) for name, values in parts.items()}
+    return xr.Dataset(found, coords=latent_coordinates(recording, model, found))
 
 
 def check(
@@ -184,13 +221,17 @@ def _replicates(
 ) -> Iterator[np.ndarray]:
     """Observations (some draws, trial, time, unit) in batches, NaN where the recording was not observed."""
     hidden = None if recording.mask is None else ~recording.mask.numpy()
-    size = max(1, BATCH_NUMBERS // (recording.num_trials * recording.num_bins * recording.num_units))
     with random_stream(seed, REPLICATE_STREAM), double_precision(), torch.no_grad():
-        for start in range(0, len(chosen), size):
-            some = chosen[start : start + size]
-            given = parameters(some)
-            values = _replicated(model, given, len(some), recording, new_paths).numpy()
+        for some in _batches(chosen, recording):
+            values = _replicated(model, parameters(some), len(some), recording, new_paths).numpy()
             yield values if hidden is None else np.where(hidden, np.nan, values)
+
+
+def _batches(chosen: np.ndarray, recording: Recording) -> Iterator[np.ndarray]:
+    """Positions of draws, few enough at a time for one call."""
+    size = max(1, BATCH_NUMBERS // (recording.num_trials * recording.num_bins * recording.num_units))
+    for start in range(0, len(chosen), size):
+        yield chosen[start : start + size]
 
 
 def _replicated(model: Replicable, given: Any, draws: int, recording: Recording, new_paths: bool) -> torch.Tensor:

@@ -1,6 +1,8 @@
-r"""Statistics of a recording that a model should reproduce: rates, dispersion, correlations, autocorrelation, PSTH.
+r"""Statistics of a recording that a model should reproduce: rates, dispersion, correlations, autocorrelation, PSTH; how
+long modes last.
 
-All take observations (draw, trial, time, unit) with NaN where unobserved, and work on all draws at once.
+Those of observations take (draw, trial, time, unit) with NaN where unobserved, and work on all draws at once. Dwell
+times are of paths of modes.
 """
 
 from __future__ import annotations
@@ -91,3 +93,31 @@ def _correlated(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     variance_one = sums(one**2, seen_other) / count - mean_one**2
     variance_other = sums(seen_one, other**2) / count - mean_other**2
     return product / np.sqrt(variance_one * variance_other)
+
+
+def dwells(modes: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Visits to modes in paths (trial, time) of trials with such lengths.
+
+    Returns mode, duration in bins, and whether the visit ended before the trial did, each (visit,).
+    """
+    found = []
+    for path, length in zip(modes, lengths, strict=True):
+        starts = np.flatnonzero(np.diff(path[:length], prepend=-1))
+        ends = np.append(starts[1:], length)
+        found.append((path[starts], ends - starts, ends < length))
+    visited, bins, ended = (np.concatenate(part) for part in zip(*found, strict=True))
+    return visited, bins, ended
+
+
+def survival(bins: np.ndarray, ended: np.ndarray, longest: int) -> np.ndarray:
+    r"""Share of visits that last longer than 0, 1, ..., ``longest`` bins, where some were cut short.
+
+    .. math:: S(n) = \prod_{m \le n} (1 - d_m / r_m),
+
+    with :math:`d_m` of the :math:`r_m` visits that last m bins or more ending there.
+
+    Reference: Kaplan & Meier, J. Am. Stat. Assoc. 53:457 (1958).
+    """
+    ending = np.bincount(bins[ended].clip(max=longest + 1), minlength=longest + 2)[: longest + 1]
+    lasting = np.bincount(bins.clip(max=longest + 1), minlength=longest + 2)[::-1].cumsum()[::-1][: longest + 1]
+    return np.cumprod(1.0 - ending / np.maximum(lasting, 1))

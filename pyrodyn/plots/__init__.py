@@ -1,4 +1,5 @@
-"""Pictures of a posterior: latents beside the data, eigenvalues, traces, predicted rates, the graph of regions, checks.
+"""Pictures of a posterior: latents beside the data, eigenvalues, traces, predicted rates, modes, the graph of
+regions, checks.
 
 Every function returns a `matplotlib.figure.Figure` that belongs to the caller alone: pyplot is never touched, so
 nothing needs closing and no screen is needed. Write one with ``figure.savefig("latents.png")``.
@@ -13,13 +14,17 @@ from pyrodyn.plots.graphs import (
     plot_strengths,
 )
 from pyrodyn.plots.judgement import checks, comparison
+from pyrodyn.plots.modes import dwell_times, mode_flows, mode_raster, transition_graph
 
 __all__ = [
     "calibration",
     "checks",
     "comparison",
+    "dwell_times",
     "eigenvalues",
     "latents",
+    "mode_flows",
+    "mode_raster",
     "plot_block_dynamics",
     "plot_coupling_graph",
     "plot_impulse_responses",
@@ -28,4 +33,5 @@ __all__ = [
     "rates",
     "summary",
     "trace",
+    "transition_graph",
 ]

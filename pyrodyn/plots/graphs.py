@@ -11,16 +11,14 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import FancyArrowPatch
 
 from pyrodyn.coupling import aligned_dynamics, edge_table, to_networkx
 from pyrodyn.coupling.summary import stable_draws
 from pyrodyn.errors import CouplingError
-from pyrodyn.plots.panels import COLOURS, GREY, new_figure, styled
+from pyrodyn.plots.panels import COLOURS, GREY, draw_arrow, new_figure, on_circle, styled
 
 WIDEST = 6.0  # points: the strongest edge
 FAINTEST = 0.06  # opacity below which an edge cannot be seen at all
-BEND = 0.16  # of an edge, so that its answer runs beside it
 NODE_AREA = (260.0, 900.0)  # points squared: the smallest and the largest region
 UNCERTAIN = 0.5  # a probability of presence below which an edge is drawn in grey
 PANEL_LIMIT = 12  # regions whose pairs can be told apart on a page
@@ -43,30 +41,22 @@ def plot_coupling_graph(graph: xr.Dataset) -> Figure:
     """
     net = to_networkx(graph)
     names = list(net.nodes)
-    first = np.pi if len(names) == 2 else 0.5 * np.pi  # a pair lies side by side
-    angle = first - 2.0 * np.pi * np.arange(len(names)) / len(names)
-    place = {name: (float(np.cos(a)), float(np.sin(a))) for name, a in zip(names, angle, strict=True)}
+    place = dict(zip(names, on_circle(len(names)), strict=True))
     units = np.array([net.nodes[name]["units"] for name in names], dtype=float)
     area = dict(zip(names, NODE_AREA[0] + (NODE_AREA[1] - NODE_AREA[0]) * units / units.max(), strict=True))
     figure = new_figure(5.6, 4.4)
     axes = figure.subplots()
     strongest = max((data["mean"] for _, _, data in net.edges(data=True)), default=1.0)
     for source, target, data in sorted(net.edges(data=True), key=lambda edge: edge[2].get("p_present", 1.0)):
-        width = WIDEST * data["mean"] / strongest
-        axes.add_patch(
-            FancyArrowPatch(
-                place[source],
-                place[target],
-                connectionstyle=f"arc3,rad={BEND}",
-                arrowstyle="-|>,head_length=.5,head_width=.25",
-                mutation_scale=5.0 + 2.0 * width,
-                linewidth=width,
-                color=COLOURS[0] if data.get("p_sign", 1.0) >= 0.5 else COLOURS[1],
-                alpha=max(FAINTEST, data.get("p_present", 1.0)),
-                shrinkA=0.5 * area[source] ** 0.5,
-                shrinkB=0.5 * area[target] ** 0.5 + 1.0,
-                label=f"{source} → {target}",
-            )
+        draw_arrow(
+            axes,
+            place[source],
+            place[target],
+            width=WIDEST * data["mean"] / strongest,
+            colour=COLOURS[0] if data.get("p_sign", 1.0) >= 0.5 else COLOURS[1],
+            alpha=max(FAINTEST, data.get("p_present", 1.0)),
+            areas=(area[source], area[target]),
+            label=f"{source} → {target}",
         )
     points = np.array(list(place.values()))
     axes.scatter(points[:, 0], points[:, 1], s=list(area.values()), color="white", edgecolors="black", linewidths=1.0)

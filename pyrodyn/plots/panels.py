@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch
 from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, by falling contrast.
@@ -18,6 +19,7 @@ GREY = "#8C8C8C"
 BAND = 1.645  # standard deviations on either side of a normal's mean that hold 90% of it
 LABEL_LIMIT = 40  # regions that can be named along an axis
 QUANTILE_BINS = 12  # points in a calibration plot
+BEND = 0.16  # of an arrow, so that its answer runs beside it
 
 styled = matplotlib.rc_context(
     {
@@ -128,6 +130,44 @@ def draw_calibration(axes: Axes, predicted: np.ndarray, observed: np.ndarray, wo
     axes.set_box_aspect(1)
     axes.set(xlabel=f"predicted {word} ({unit_of})", ylabel=f"mean observed {word} ({unit_of})")
     axes.set_title("all entries, grouped by prediction")
+
+
+def on_circle(count: int) -> np.ndarray:
+    """Places (node, 2) on the unit circle, clockwise from above; a pair lies side by side."""
+    first = np.pi if count == 2 else 0.5 * np.pi
+    angle = first - 2.0 * np.pi * np.arange(count) / count
+    return np.stack([np.cos(angle), np.sin(angle)], -1)
+
+
+def draw_arrow(
+    axes: Axes,
+    start: np.ndarray,
+    end: np.ndarray,
+    *,
+    width: float,
+    colour: Any,
+    alpha: float,
+    areas: tuple[float, float],
+    label: str,
+) -> np.ndarray:
+    """A bent arrow from node to node, whose areas are in points squared; returns its middle."""
+    axes.add_patch(
+        FancyArrowPatch(
+            tuple(start),
+            tuple(end),
+            connectionstyle=f"arc3,rad={BEND}",
+            arrowstyle="-|>,head_length=.5,head_width=.25",
+            mutation_scale=5.0 + 2.0 * width,
+            linewidth=width,
+            color=colour,
+            alpha=alpha,
+            shrinkA=0.5 * areas[0] ** 0.5,
+            shrinkB=0.5 * areas[1] ** 0.5 + 1.0,
+            label=label,
+        )
+    )
+    along = end - start
+    return 0.5 * (start + end) + 0.5 * BEND * np.array([along[1], -along[0]])
 
 
 def of_trial(posterior: xr.DataTree, variable: xr.DataArray, trial: Any) -> xr.DataArray:
