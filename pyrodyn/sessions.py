@@ -17,7 +17,7 @@ from pyrodyn.inference import Gibbs
 from pyrodyn.inference.engine import Draws
 from pyrodyn.models.pooled_regions import PooledRegions
 from pyrodyn.posterior import SESSIONS, to_datatree, warn_of
-from pyrodyn.program import LatentModel
+from pyrodyn.program import LatentModel, specification
 from pyrodyn.recording import Recording
 
 EDGE = ("chain", "draw", "target", "source")
@@ -85,7 +85,8 @@ def pooled_datatree(
     children = {}
     for name, recording in recordings.items():
         own = replace(draws, samples=_of(name, draws.samples, "log_size"), local=_of(name, draws.local))
-        child = to_datatree(pooled.model, recording, engine, own, seed=seed, seconds=seconds, label=f"session {name!r}")
+        model = pooled.of(recording)
+        child = to_datatree(model, recording, engine, own, seed=seed, seconds=seconds, label=f"session {name!r}")
         child["sample_stats"] = child["sample_stats"].to_dataset().drop_vars("lp", errors="ignore")
         children[name] = child
     tree = xr.DataTree(
@@ -96,6 +97,7 @@ def pooled_datatree(
     )
     first = next(iter(children.values())).attrs
     tree.attrs = first | {
+        "model": json.dumps(specification(pooled.model)),
         SESSIONS: json.dumps(list(recordings)),
         "diagnostics": json.dumps(found.values),
         "warnings": json.dumps([*found.complaints, *found.remarks]),

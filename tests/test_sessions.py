@@ -4,6 +4,7 @@ import json
 import warnings
 from typing import Any
 
+import networkx as nx
 import numpy as np
 import pytest
 import scipy.stats
@@ -11,7 +12,7 @@ import torch
 from pyro import poutine
 
 import pyrodyn as dyn
-from pyrodyn import inference, models
+from pyrodyn import inference, models, readouts
 from pyrodyn.distributions import PoolPrior, network_layout
 from pyrodyn.distributions.network import NetworkPrior
 from pyrodyn.errors import ModelError, RecordingError
@@ -189,6 +190,51 @@ def test_an_edge_seen_in_other_sessions_is_believed_sooner():
     there, absent = (truth.values.astype(bool) & off), (~truth.values.astype(bool) & off)
     gap = (together - alone).transpose("target", "source").values
     assert gap[there].mean() - gap[absent].mean() > 0.1
+
+
+def test_what_a_model_says_of_a_region_holds_where_it_was_recorded():
+    """A region in one session only, with latents, edges and a readout of its own; its prior probabilities are kept."""
+    recordings = sessions(2, trials=3, bins=15)
+    recordings["s1"] = recordings["s1"].sel(region=["R2", "R1"])
+    connectome = nx.DiGraph()
+    connectome.add_edge("R1", "R2", probability=0.3)
+    connectome.add_edge("R3", "R2", probability=0.8)
+    laws = {"R3": readouts.NegativeBinomial(), "R2": readouts.Poisson(), "R1": readouts.Poisson()}
+    model = models.MultiRegionLDS({"R1": 2, "R2": 1, "R3": 1}, edges=connectome, readout=laws, time_bumps=0)
+    pooled = PooledRegions(model)
+    pooled.check(recordings)
+    assert pooled.of(recordings["s0"]) is model
+    part = pooled.of(recordings["s1"])
+    assert part.latent_dim == (("R1", 2), ("R2", 1)) and part.edges == (("R1", "R2", 0.3),)
+    assert [name for name, _ in part.readout.parts] == ["R2", "R1"]
+    law = pooled.law(recordings)
+    assert law.edges == (("R1", "R2"), ("R3", "R2"))
+    torch.testing.assert_close(law.probability, torch.tensor([0.3, 0.8], dtype=torch.float64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dyn.FitWarning)
+        tree = dyn.fit(model, recordings, inference.Gibbs(draws=3, warmup=3, chains=2), seed=0)
+    graph = dyn.coupling_graph(tree)
+    assert np.isfinite(graph["strength"].sel(session="s0", source="R3", target="R2")).all()
+    assert np.isnan(graph["strength"].sel(session="s1", source="R3")).all()
+    assert not graph["strength"].sel(session="s1", source="R2", target="R1").any()  # no edge of the connectome
+    assert dyn.model_of(tree) == model and dyn.model_of(tree["sessions/s1"]) == part
+    assert np.isfinite(dyn.predict(tree["sessions/s1"], recordings["s1"], draws=2)["expected"]).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"latent_dim": {"R1": 1, "R2": 1, "R3": 1, "V9": 1}}, r"latent_dim names \['V9'\].*no regions of any session"),
+        ({"latent_dim": 1, "edges": [("R1", "V9")]}, r"edges names \['V9'\].*'R1', 'R2', 'R3'"),
+        ({"latent_dim": {"R1": 1, "R2": 1}}, r"session 's0': the recording has units in \['R3'\]"),
+        ({"latent_dim": {"R3": 1}}, r"session 's0': the recording has units in \['R1', 'R2'\]"),
+    ],
+)
+def test_a_region_that_no_session_recorded_is_named(options, message):
+    recordings = sessions(2, trials=3, bins=15)
+    recordings["s1"] = recordings["s1"].sel(region=["R1", "R2"])
+    with pytest.raises(ModelError, match=message):
+        PooledRegions(models.MultiRegionLDS(**options)).check(recordings)
 
 
 def test_what_cannot_be_pooled_is_refused_by_name(fitted):

@@ -123,7 +123,7 @@ def _start(model: Any, recording: Any) -> Any:
     """Values to start from; of every session, where ``recording`` is a mapping of session to Recording."""
     if isinstance(recording, Recording):
         return climb(model, recording)
-    return {name: climb(model.model, own) for name, own in recording.items()}
+    return {name: climb(model.of(own), own) for name, own in recording.items()}
 
 
 def climb(model: Any, recording: Recording) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@ r"""Several sessions of coupled regions at once: the strengths of their edges pa
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -12,11 +12,12 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyrodyn.distributions import NetworkPrior, PoolPrior
-from pyrodyn.errors import ModelError
+from pyrodyn.errors import ModelError, ReadoutError
 from pyrodyn.models._pooled_sweep import PooledSweep
 from pyrodyn.models._regions import SPIKE
 from pyrodyn.models._regions_sweep import RegionSweep, State
 from pyrodyn.models.multi_region_lds import MultiRegionLDS
+from pyrodyn.readouts import PerRegion
 from pyrodyn.recording import Recording
 
 
@@ -43,7 +44,7 @@ class PooledRegions:
     Parameters
     ----------
     model : MultiRegionLDS
-        Of every session; with an int as ``latent_dim``, sessions may differ in their regions.
+        Of every session. What it says of regions that a session did not record is left out there (see `of`).
 
     References
     ----------
@@ -65,11 +66,43 @@ class PooledRegions:
 
     def check(self, recordings: Mapping[str, Recording]) -> None:
         """Raise an error that names the session where the model does not fit its recording."""
+        somewhere = {region for recording in recordings.values() for region in recording.regions}
+        for what, named in self._named().items():
+            if named - somewhere:
+                raise ModelError(
+                    f"{what} names {sorted(named - somewhere)}, which are no regions of any session; the sessions have "
+                    f"{sorted(somewhere)}"
+                )
         for name, recording in recordings.items():
             try:
-                self.model.check(recording)
-            except ModelError as error:
-                raise ModelError(f"session {name!r}: {error}") from error
+                self.of(recording).check(recording)
+            except (ModelError, ReadoutError) as error:
+                raise type(error)(f"session {name!r}: {error}") from error
+
+    def of(self, recording: Recording) -> MultiRegionLDS:
+        """The model of one session, without the regions that it did not record and without their edges."""
+        model, here = self.model, set(recording.regions)
+        if not any(named & here and named - here for named in self._named().values()):
+            return model  # of all regions, or of none, which `check` says
+        dims, edges, readout = model.latent_dim, model.edges, model.readout
+        if not isinstance(dims, int):
+            dims = tuple((region, dim) for region, dim in dims if region in here)
+        if edges is not None:
+            edges = tuple(edge for edge in edges if {edge.source, edge.target} <= here)
+        if isinstance(readout, PerRegion):
+            readout = PerRegion(tuple((region, part) for region, part in readout.parts if region in here))
+        return replace(model, latent_dim=dims, edges=edges, readout=readout)
+
+    def _named(self) -> dict[str, set[str]]:
+        """The regions of which each option speaks by name."""
+        model, found = self.model, {}
+        if not isinstance(model.latent_dim, int):
+            found["latent_dim"] = {region for region, _ in model.latent_dim}
+        if model.edges is not None:
+            found["edges"] = {region for edge in model.edges for region in edge[:2]}
+        if isinstance(model.readout, PerRegion):
+            found["readout"] = {region for region, _ in model.readout.parts}
+        return found
 
     def __call__(self, recordings: Mapping[str, Recording]) -> dict[str, Tensor]:
         law = self.law(recordings)
@@ -79,15 +112,15 @@ class PooledRegions:
             # The dynamics belong to the pool: their own prior is not counted beside it.
             held = {"network": pool.network[name]}
             with _Session(name), poutine.block(hide=["network"]), poutine.condition(data=held):
-                found[name] = self.model(recording)
+                found[name] = self.of(recording)(recording)
         return found
 
     def law(self, recordings: Mapping[str, Recording]) -> PoolPrior:
         """Prior of what sessions share, and of their dynamics."""
         return PoolPrior(
-            {name: self.model.network_prior(recording) for name, recording in recordings.items()},
+            {name: self.of(recording).network_prior(recording) for name, recording in recordings.items()},
             {
-                name: tuple((edge.source, edge.target) for edge in self.model.possible_edges(recording))
+                name: tuple((edge.source, edge.target) for edge in self.of(recording).possible_edges(recording))
                 for name, recording in recordings.items()
             },
         )
@@ -100,7 +133,7 @@ class PooledRegions:
             def given(state: State) -> NetworkPrior:
                 return law.given(name, state["edge_rate"], state["edge_log_size"])
 
-            return RegionSweep(self.model, recording, given=given)
+            return RegionSweep(self.of(recording), recording, given=given)
 
         return PooledSweep({name: sweep(name, recording) for name, recording in recordings.items()}, law)
 
