@@ -24,7 +24,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyrodyn.errors import ModelError
-from pyrodyn.inference import HMC, LogDensity, collapse
+from pyrodyn.inference import HMC, Gibbs, LogDensity, collapse, collapses
 from pyrodyn.inference.engine import Engine, ReplicatingEngine, double_precision, random_stream
 from pyrodyn.program import LatentModel, Program, globals_given, is_random, log_terms, specification
 from pyrodyn.progress import progress
@@ -60,12 +60,13 @@ def calibrate(
     engine : Engine
         `HMC` with 16 chains by default. Engines with a method ``replicate`` (`HMC`, `Laplace`) take all replicates as
         one batch, each with an adaptation of its own, from the mode nearest to the truth: what is tested is whether
-        posteriors are right, not whether they are found. Other engines run from scratch on each.
+        posteriors are right, not whether they are found. Other engines run from scratch on each. Of a model whose path
+        cannot be integrated out, `inference.Gibbs` draws it.
     replicates : int
     seed : int
     program : Program, optional
         What is fitted, in place of the model with its path integrated out: the test of the test plants a fault here. It
-        has the model's global sites, and its path integrated out.
+        has the model's sites, with its path integrated out where the model's can be.
 
     Returns
     -------
@@ -73,12 +74,13 @@ def calibrate(
         ``place``, ``truth`` and the posterior's ``mean`` (replicate, quantity), places in (0, 1); and for each quantity
         ``ks_p`` and ``chi_square_p`` (10 bins), the ``coverage`` (quantity, level) of central intervals, its ``bounds``
         (level, side) where intervals are right, and ``flagged``. Quantities are the model's invariants and the log
-        likelihood, by the program that was fitted.
+        likelihood, by the program that was fitted; where the path is drawn, ``complete_log_likelihood``, of path and
+        observations.
 
     Raises
     ------
     ModelError
-        Where the model does not fit ``like``, or the engine cannot take ``program``.
+        Where the model does not fit ``like``, or the engine cannot take ``program`` or draw the path.
 
     Notes
     -----
@@ -89,7 +91,15 @@ def calibrate(
         raise ModelError(f"replicates must be 2 or more, got {replicates}; 200 make a calibration")
     blank = like.blank()
     model.check(blank)
-    fitted, program = program, collapse(model) if program is None else program
+    collapsing = collapses(model, blank)
+    if not collapsing and not isinstance(engine, Gibbs):
+        raise ModelError(
+            f"the path of {type(model).__name__} cannot be integrated out, so that its calibration needs an engine "
+            f"that draws the paths of all replicates, inference.Gibbs(), got {engine!r}"
+        )
+    fitted = program
+    if program is None:
+        program = collapse(model) if collapsing else model
     with double_precision(), torch.no_grad():
         with random_stream(seed), pyro.plate("replicate", replicates, dim=-2):
             trace = poutine.trace(model).get_trace(blank)
@@ -98,7 +108,8 @@ def calibrate(
         if like.mask is not None:
             observations = torch.where(like.mask, observations, 0.0)  # hidden entries are 0, as in a recording
         observations = observations.unsqueeze(1)  # (replicate, 1, trial, time, unit)
-        sites.pop("latent", None)
+        if collapsing:
+            sites.pop("latent", None)
         # An engine that was told to sample the path does so for one recording at a time.
         if isinstance(engine, ReplicatingEngine) and getattr(engine, "collapse", None) is not False:
             parts = list(_batched(model, blank, engine, program, sites, observations, seed))
@@ -197,12 +208,13 @@ def _one_by_one(
 
 
 def _quantities(model: LatentModel, density: LogDensity, values: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """Scalars (replicate, draw) by name, from sites (replicate, draw, 1, *event)."""
+    """Scalars (replicate, draw) by name, from sites (replicate, draw, 1 or trial, *event)."""
     found = {}
     for name, (dims, value) in model.invariants(globals_given(model, values, density.recording)).items():
         flat = value.reshape(*value.shape[:2], -1)
         found |= {f"{name}[{i}]" if dims else name: flat[..., i].numpy() for i in range(flat.shape[-1])}
-    found["log_likelihood"] = log_terms(density.program, values, density.recording)[1].sum(-1).numpy()
+    name = "complete_log_likelihood" if any(site.local for site in density.sites) else "log_likelihood"
+    found[name] = log_terms(density.program, values, density.recording)[1].sum(-1).numpy()
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -38,6 +38,47 @@ def test_the_truth_is_uniform_among_the_draws_of_hmc():
     found = dyn.calibrate(MODEL, like(), QUICK, replicates=200, seed=1)
     assert found.sizes == {"replicate": 200, "quantity": found.sizes["quantity"], "level": 2, "side": 2}
     assert "log_likelihood" in found["quantity"] and "lag_one_covariance[1]" in found["quantity"]
+    assert not found["flagged"].any(), found["quantity"].values[found["flagged"].values]
+
+
+SWITCHING = models.SwitchingLDS(2, 1, readout=readouts.Gaussian())
+SWEEPS = inference.Gibbs(chains=1, draws=20, warmup=50, thin=5)
+
+
+@dataclass(frozen=True)
+class Forgetful(models.SwitchingLDS):
+    """A planted fault: the sampler forgets the stickiness of the prior."""
+
+    def conditionals(self, recording, observations=None):
+        sweep = super().conditionals(recording, observations)
+        sweep.moves.prior = replace(sweep.moves.prior, stickiness=0.0)
+        return sweep
+
+
+def test_the_truth_is_uniform_among_paths_and_modes_of_gibbs():
+    # Path and process noise hold each other: it takes tens of sweeps from one draw to the next.
+    engine = inference.Gibbs(chains=1, draws=20, warmup=200, thin=40)
+    found = dyn.calibrate(SWITCHING, like(bins=8), engine, replicates=30, seed=1)
+    assert "complete_log_likelihood" in found["quantity"] and "stay_probability[1]" in found["quantity"]
+    assert not found["flagged"].any(), found["quantity"].values[found["flagged"].values]
+
+
+def test_a_planted_fault_of_gibbs_is_caught():
+    wrong = Forgetful(2, 1, readout=readouts.Gaussian())
+    found = dyn.calibrate(SWITCHING, like(bins=15), SWEEPS, replicates=60, seed=1, program=wrong)
+    assert found["flagged"].sel(quantity=["stay_probability[0]", "stay_probability[1]"]).all()
+
+
+@pytest.mark.parametrize(
+    ("model", "engine"),
+    [
+        (models.HMM(2, readouts.Gaussian()), inference.HMC(chains=4, superchains=2, draws=20, warmup=40)),
+        (models.ARHMM(2, recurrent=True), SWEEPS),
+    ],
+    ids=["HMM-HMC", "ARHMM-Gibbs"],
+)
+def test_the_truth_is_uniform_among_the_draws_of_models_with_modes(model, engine):
+    found = dyn.calibrate(model, like(bins=8), engine, replicates=30, seed=1)
     assert not found["flagged"].any(), found["quantity"].values[found["flagged"].values]
 
 
@@ -102,3 +143,5 @@ def test_what_cannot_be_calibrated_is_said_before_anything_is_drawn():
         dyn.calibrate(MODEL, like(), QUICK, replicates=0)
     with pytest.raises(ModelError, match="latent_dim is 5 but the recording has 2 units"):
         dyn.calibrate(models.LDS(5, readouts.Gaussian()), like(), QUICK)
+    with pytest.raises(ModelError, match=r"path of SwitchingLDS cannot be integrated out.*inference\.Gibbs"):
+        dyn.calibrate(SWITCHING, like(), QUICK)

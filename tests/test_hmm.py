@@ -141,3 +141,15 @@ def test_recordings_it_cannot_take_are_named():
     driven = dyn.Recording.from_arrays(np.ones((1, 9, 2)), bin_width=0.02, inputs=np.ones((1, 9, 1)))
     with pytest.raises(dyn.errors.ModelError, match="inputs"):
         dyn.fit(models.HMM(2), driven, inference.Laplace())
+
+
+def test_parameters_that_overflow_have_no_density_and_leave_the_others_theirs():
+    """As on a diverging trajectory of HMC, whose other chains go on."""
+    model = models.HMM(2, readouts.Gaussian())
+    recording = dyn.Recording.from_arrays(np.random.default_rng(0).normal(size=(2, 6, 3)), bin_width=0.1, counts=False)
+    values = {name: torch.stack([value, value]).unsqueeze(1) for name, value in model.initial_values(recording).items()}
+    fine = globals_given(model, values, recording)
+    wild = fine._replace(predictor=torch.stack([fine.predictor[0], torch.full_like(fine.predictor[1], 1e200)]))
+    found, expected = (model.evidence(parameters, recording, recording.values) for parameters in (wild, fine))
+    torch.testing.assert_close(found[0], expected[0])
+    assert bool((found[1] == -torch.inf).all())

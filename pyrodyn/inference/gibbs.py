@@ -105,18 +105,24 @@ class Gibbs:
     def replicate(self, density: LogDensity, start: Tensor) -> Tensor:
         """Draws (replicate, chain x draw, dimension) from many posteriors at once, started at ``start``.
 
-        The observations of ``density`` are (replicate, 1, trial, time, unit).
+        The observations of ``density`` are (replicate, 1, trial, time, unit). Paths are drawn where it has them.
         """
         model = declared(density.plain)
         observations = density.observations
         assert observations is not None
         with torch.no_grad(), double_precision():
             sweep = model.conditionals(density.recording, observations.squeeze(1))
-            values = {name: value.squeeze(1) for name, value in density.constrain(start).items()}
-            run = Run(self, sweep, sweep.start(values, self.chains), paths=0).go(None)
-            samples = {name: torch.stack(parts, 1) for name, parts in run.kept.items()}
-            flat = {n: v.unflatten(0, (len(start), self.chains)).flatten(1, 2).unsqueeze(2) for n, v in samples.items()}
-            return density.unconstrain(flat)
+            given, local = density.constrain(start), [site.name for site in density.sites if site.local]
+            values = {name: value.squeeze(1) for name, value in given.items() if name not in local}
+            paths = self.draws * self.chains if local else 0
+            run = Run(self, sweep, sweep.start(values, self.chains), paths).go(None)
+
+            def flat(parts: list[Tensor]) -> Tensor:
+                """(replicate, chain x draw, *event) of draws that are (replicate x chain, *event)."""
+                return torch.stack(parts, 1).unflatten(0, (len(start), self.chains)).flatten(1, 2)
+
+            drawn = {name: flat(parts).unsqueeze(2) for name, parts in run.kept.items()}
+            return density.unconstrain(drawn | {name: flat(run.local[name]) for name in local})
 
 
 def _start(model: Any, recording: Any) -> Any:

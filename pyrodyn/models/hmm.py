@@ -140,7 +140,12 @@ class HMM(IntegratedModel):
         )
 
     def evidence(self, parameters: HMMParameters, recording: Recording, observations: Tensor) -> Tensor:
-        return mode_log_normaliser(*self._potentials(parameters, recording, observations))
+        initial, transition, likelihood = self._potentials(parameters, recording, observations)
+        lost = likelihood.isnan().flatten(-2).any(-1)
+        if not bool(lost.any()):
+            return mode_log_normaliser(initial, transition, likelihood)
+        # Parameters that overflow, as on a diverging trajectory of HMC, have no density.
+        return torch.where(lost, -torch.inf, mode_log_normaliser(initial, transition, likelihood.nan_to_num()))
 
     def draw_local(self, parameters: HMMParameters, recording: Recording) -> dict[str, Tensor]:
         with torch.no_grad():
