@@ -6,30 +6,38 @@ Run `python benchmarks/calibrate_region_graphs.py`. Floor and ceiling stand besi
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 import warnings
 from pathlib import Path
 
 import numpy as np
-from _regions import SETTINGS, Recovered, ceiling, floor, scores
+import xarray as xr
+from _regions import SETTINGS, Recovered, ceiling, edge_auroc, floor, off_diagonal, scores
+from sessions_steinmetz import session
 
 import pyrodyn as dyn
 from pyrodyn import inference, models
-from pyrodyn.systems import System, coupled_regions, feedback_loop, uncoupled_regions
+from pyrodyn.systems import System, coupled_regions, feedback_loop, shuffle_trials, uncoupled_regions
 
 DRIVES = ("none", "white", "slow", "time-locked")
 SWEEPS = {"easy": (40, 40), "hard 1": (80, 80), "hard 2": (50, 50)}  # warm-up and draws within the time for a fit
 
 
-def recovered(system: System, warmup: int, draws: int, global_dim: int = 1) -> tuple[Recovered, float]:
-    """What a fit finds, and its seconds."""
+def sampled(recording: dyn.Recording, warmup: int, draws: int, global_dim: int = 1) -> tuple[xr.DataTree, float]:
+    """A fit and its seconds."""
     began = time.perf_counter()
     model = models.MultiRegionLDS(2, global_dim=global_dim)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dyn.FitWarning)
-        posterior = dyn.fit(model, system.recording, inference.Gibbs(draws=draws, warmup=warmup, chains=2), seed=0)
-    seconds = time.perf_counter() - began
+        posterior = dyn.fit(model, recording, inference.Gibbs(draws=draws, warmup=warmup, chains=2), seed=0)
+    return posterior, time.perf_counter() - began
+
+
+def recovered(system: System, warmup: int, draws: int, global_dim: int = 1) -> tuple[Recovered, float]:
+    """What a fit finds, and its seconds."""
+    posterior, seconds = sampled(system.recording, warmup, draws, global_dim)
     found = posterior["invariants"].to_dataset().mean(("chain", "draw"))
     path = posterior["latents"]["mean"]
     shared = path.sel(latent="global:0").values if global_dim else None
@@ -81,20 +89,102 @@ def controls(blocks: int) -> list[str]:
     return lines
 
 
+LOOPS = (  # kind, control, delays of the edges in bins of 20 ms
+    ("two", False, (1, 1)),
+    ("two", False, (1, 3)),
+    ("three", False, (1, 1, 1)),
+    ("three", False, (1, 2, 3)),
+    ("two", True, (1, 1)),
+    ("three", True, (1, 1, 1)),
+)
+
+
 def loops(seeds: int) -> list[str]:
-    lines = ["| system | seed | edges with P | the others at most |", "|---|---|---|---|"]
-    for kind in ("two", "three"):
-        for control in (False, True):
-            for seed in range(seeds):
-                system = feedback_loop(kind, control=control, trials=8, seed=seed)
-                evidence = recovered(system, 40, 40)[0].evidence
-                there = system.truth["adjacency"].values
-                off = ~np.eye(len(there), dtype=bool)
-                edges = ", ".join(f"{p:.2f}" for p in evidence[there])
-                name = f"{kind}-region " + ("control" if control else "loop")
-                lines.append(f"| {name} | {seed} | {edges} | {evidence[off & ~there].max(initial=0.0):.2f} |")
-                print(lines[-1], flush=True)
+    """Cycles, also with unequal delays, and graphs without one whose regions are as correlated."""
+    lines = [
+        "| system | seed | edges with P | the others at most | edges found | absent at P > .9 | AUROC | radius "
+        "| of the draws at most | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for kind, control, delays in LOOPS:
+        name = f"{kind}-region " + ("control" if control else "loop")
+        if max(delays) > 1:
+            name += f", delays {', '.join(map(str, delays))}"
+        table, most = [], 0.0
+        for seed in range(seeds):
+            system = feedback_loop(kind, control=control, delays=delays, trials=8, seed=seed)
+            posterior, seconds = sampled(system.recording, 40, 40)
+            evidence = posterior["invariants"]["presence"].mean(("chain", "draw")).values
+            there = system.truth["adjacency"].values
+            absent = ~there & ~np.eye(len(there), dtype=bool)
+            found, false = int((evidence[there] > 0.5).sum()), int((evidence[absent] > 0.9).sum())
+            score = edge_auroc(evidence, there)
+            fitted = float(posterior["invariants"]["spectral_radius"].max())
+            table.append((found, there.sum(), false, absent.sum(), score))
+            most = max(most, fitted)
+            edges = ", ".join(f"{p:.2f}" for p in evidence[there])
+            lines.append(
+                f"| {name} | {seed} | {edges} | {evidence[absent].max(initial=0.0):.2f} | {found} of {there.sum()} "
+                f"| {false} of {absent.sum()} | {score:.2f} | {true_radius(system.truth):.3f} | {fitted:.3f} "
+                f"| {seconds:.0f} |"
+            )
+            print(lines[-1], flush=True)
+        counts, auroc = np.array(table)[:, :-1], np.array(table)[:, -1]
+        found, edges, false, absent = counts.sum(0).astype(int)
+        spread = f"{np.median(auroc):.2f}, {auroc.min():.2f}" if np.isfinite(auroc).all() else "-"
+        lines.append(f"| **{name}** | all | | | {found} of {edges} | {false} of {absent} | {spread} | | {most:.3f} | |")
+        print(lines[-1], flush=True)
     return lines
+
+
+def true_radius(truth: xr.Dataset) -> float:
+    """Spectral radius of the true system, its delays included."""
+    lagged = truth["dynamics"].values
+    lagged = lagged.reshape(-1, *lagged.shape[-2:])
+    lags, size, _ = lagged.shape
+    companion = np.vstack([np.hstack(list(lagged)), np.eye((lags - 1) * size, lags * size)])
+    return float(np.abs(np.linalg.eigvals(companion)).max())
+
+
+SESSIONS = {
+    1: ("VISp", "LS", "MOs", "ACA"),
+    4: ("LSr", "ACA", "TH", "DG"),
+    8: ("PO", "ILA", "PL", "LP"),
+    9: ("ORBm", "VISl", "CA1", "CA3"),
+    12: ("MD", "SUB", "VISam", "VISp"),
+    14: ("MOs", "ORB", "CA1", "RSP"),
+}  # of Steinmetz et al. (2019), with the four named regions that have the most units
+
+
+def shuffled(blocks: int) -> list[str]:
+    """Real sessions whose regions have their trials shuffled, each by itself: every edge is false."""
+    folder = Path(os.environ.get("PYRODYN_DATA", "../shared/data"))
+    recordings = {number: session(folder, number, 15, 60, 0, regions) for number, regions in SESSIONS.items()}
+    rounds = -(-blocks // sum(len(regions) * (len(regions) - 1) for regions in SESSIONS.values()))
+    lines = [
+        "| session | trials | blocks | at P > .9 | mean P | largest P | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    everything: dict[str, list[float]] = {"as recorded": [], "shuffled": []}
+    for number, recording in recordings.items():
+        kinds = {"as recorded": [recording], "shuffled": [shuffle_trials(recording, seed=i) for i in range(rounds)]}
+        for kind, given in kinds.items():
+            probability: list[float] = []
+            began = time.perf_counter()
+            for one in given:
+                posterior, _ = sampled(one, 40, 40)
+                probability += off_diagonal(posterior["invariants"]["presence"].mean(("chain", "draw")).values).tolist()
+            everything[kind] += probability
+            seconds = (time.perf_counter() - began) / len(given)
+            lines.append(f"| {number} | {kind} | {counted(probability)} | {seconds:.0f} |")
+            print(lines[-1], flush=True)
+    return [*lines, *(f"| **all** | {kind} | {counted(found)} | |" for kind, found in everything.items())]
+
+
+def counted(probability: list[float]) -> str:
+    """Cells of a table: blocks, those above .9, mean and largest P."""
+    found = np.array(probability)
+    return f"{len(found)} | {int((found > 0.9).sum())} | {found.mean():.2f} | {found.max():.2f}"
 
 
 def main() -> int:
@@ -107,7 +197,8 @@ def main() -> int:
     made = {
         "recovery": ("Recovery", lambda: recovery(options.seeds)),
         "controls": ("Controls without coupling", lambda: controls(options.blocks)),
-        "loops": ("Loops", lambda: loops(3)),
+        "loops": ("Loops", lambda: loops(options.seeds)),
+        "shuffled": ("Real sessions with shuffled trials", lambda: shuffled(options.blocks)),
     }
     lines = ["# Graphs of regions", "", "Made by `python benchmarks/calibrate_region_graphs.py`.", ""]
     for part in options.parts:

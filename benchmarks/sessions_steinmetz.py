@@ -13,6 +13,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,9 @@ REGIONS = ("VISp", "CA1", "DG", "SUB")
 DRAWS = 60  # of the globals in a prediction
 
 
-def session(folder: Path, number: int, units: int, trials: int, new_trials: int) -> dyn.Recording:
+def session(
+    folder: Path, number: int, units: int, trials: int, new_trials: int, regions: Sequence[str] = REGIONS
+) -> dyn.Recording:
     """The busiest units of every region; ``split`` is "train" and "test", interleaved."""
     with np.load(folder / "steinmetz2019_multiregion" / f"session{number}.npz", allow_pickle=False) as held:
         fine = held["spikes"].astype(np.int64)  # (trial, unit, 10 ms bin)
@@ -38,7 +41,7 @@ def session(folder: Path, number: int, units: int, trials: int, new_trials: int)
     test = np.zeros(len(fine), dtype=bool)
     test[np.linspace(0, len(fine) - 1, new_trials).round().astype(int)] = True
     count = fine[~test].sum((0, 2))
-    kept = [np.flatnonzero(areas == region) for region in REGIONS]
+    kept = [np.flatnonzero(areas == region) for region in regions]
     busiest = np.sort(np.concatenate([own[np.argsort(-count[own], kind="stable")[:units]] for own in kept]))
     pairs = fine[:, busiest].reshape(len(fine), len(busiest), -1, 2).sum(-1)
     return dyn.Recording.from_arrays(
