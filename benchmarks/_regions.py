@@ -167,14 +167,9 @@ def floor(system: System, latent_dim: int = 2, kernel_sd: float = KERNEL_SD) -> 
     return Recovered(*block_statistics(Moments.of_paths(np.concatenate(factors, -1)), owner, len(factors)))
 
 
-def path_under_truth(system: System, dynamics: np.ndarray | None = None) -> GaussMarkov:
-    """Posterior (Laplace) of the path under the true parameters; batch (trial,). Dynamics of one lag, without drift.
-
-    Other ``dynamics`` (latent, latent) may take the place of the true ones.
-    """
-    truth = (
-        system.truth if dynamics is None else system.truth.assign(dynamics=system.truth["dynamics"].copy(data=dynamics))
-    )
+def path_under_truth(system: System) -> GaussMarkov:
+    """Posterior (Laplace) of the path under the true parameters; batch (trial,). Dynamics of one lag, without drift."""
+    truth = system.truth
 
     def tensor(name: str) -> torch.Tensor:
         return torch.from_numpy(truth[name].values).unsqueeze(0)

@@ -8,8 +8,8 @@ Run `python benchmarks/perturbations.py`. Three correlations for every system:
 - *replay*: the same in each bin of the recorded trials, innovations inferred from the spikes, against what the true
   innovations would have done.
 
-Beside each stands what an oracle reaches from the same spikes. For kicks and new trials it knows graph, readout and
-noise, and learns the entries of the dynamics, from their true values on; for a replay it knows all parameters, and
+Beside each stands what an oracle reaches from the same spikes. For kicks and new trials it knows the graph and the
+process noise, and learns dynamics and readout, from their true values on; for a replay it knows all parameters, and
 infers the path.
 """
 
@@ -29,7 +29,7 @@ from _regions import Moments, path_under_truth
 import pyrodyn as dyn
 from pyrodyn import inference, models
 from pyrodyn.coupling.intervention import Surgery, replay
-from pyrodyn.distributions import Transition
+from pyrodyn.distributions import GaussMarkov, Transition
 from pyrodyn.linalg.recursion import spread
 from pyrodyn.linalg.stationary import stationary_covariance
 from pyrodyn.systems import System, coupled_regions, feedback_loop
@@ -47,22 +47,48 @@ def graph_of(truth: xr.Dataset) -> xr.Dataset:
 
 
 def oracle(system: System) -> xr.Dataset:
-    """The truth, but for the entries of the dynamics that are not zero, which are learned from the spikes.
+    """Graph and process noise of the truth; dynamics and readout learned from the spikes, from their true values on.
 
-    Expectation maximisation from the true entries: graph, readout and noise are given, and what is left is what so many
-    spikes do not tell of the dynamics.
+    Expectation maximisation, the path under its Laplace approximation: what is left of an error is what so many spikes
+    do not tell.
     """
     truth = system.truth
-    dynamics, there = truth["dynamics"].values, truth["dynamics"].values != 0.0
-    for owner in set(truth["latent_region"].values.tolist()):  # a rotation has zeros in none of its entries
-        own = truth["latent_region"].values == owner
-        there = there | np.outer(own, own)
+    region = truth["latent_region"].values
+    there = np.equal.outer(region, region) | (truth["dynamics"].values != 0.0)
+    learned = truth
     for _ in range(ROUNDS):
-        moments = Moments.of_posterior(path_under_truth(system, dynamics))
-        dynamics = np.zeros_like(dynamics)
+        law = path_under_truth(System(system.recording, learned))
+        moments, dynamics = Moments.of_posterior(law), np.zeros_like(truth["dynamics"].values)
         for row, free in enumerate(there):
             dynamics[row, free] = np.linalg.solve(moments.behind[np.ix_(free, free)], moments.cross[row, free])
-    return truth.assign(dynamics=truth["dynamics"].copy(data=dynamics))
+        loading, offset = readout_step(system.recording, learned, law)
+        learned = learned.assign(
+            dynamics=truth["dynamics"].copy(data=dynamics),
+            loading=truth["loading"].copy(data=loading),
+            offset=truth["offset"].copy(data=offset),
+        )
+    return learned
+
+
+def readout_step(recording: dyn.Recording, truth: xr.Dataset, law: GaussMarkov) -> tuple[np.ndarray, np.ndarray]:
+    """One step of Newton on every unit's expected log likelihood: loading (unit, latent) and offset (unit,)."""
+    loading, offset = truth["loading"].values.copy(), truth["offset"].values.copy()
+    counts = recording.values.numpy()
+    for name in recording.regions:
+        own, units = truth["latent_region"].values == name, np.flatnonzero(recording.region == name)
+        mean = law.mean.numpy()[..., own].reshape(-1, own.sum())
+        spread = law.covariance.numpy()[..., own, :][..., own].reshape(len(mean), own.sum(), own.sum())
+        for unit in units:
+            weight = loading[unit, own]
+            turned = spread @ weight
+            rate = np.exp(mean @ weight + 0.5 * turned @ weight + offset[unit])
+            wide, seen = np.column_stack([mean + turned, np.ones(len(mean))]), counts[..., unit].ravel()
+            slope = np.append(mean.T @ seen, seen.sum()) - wide.T @ rate
+            curvature = (wide * rate[:, None]).T @ wide
+            curvature[:-1, :-1] += np.einsum("t,tij->ij", rate, spread)
+            step = np.linalg.solve(curvature, slope)
+            loading[unit, own], offset[unit] = weight + step[:-1], offset[unit] + step[-1]
+    return loading, offset
 
 
 class Truth:
