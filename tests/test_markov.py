@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 
@@ -11,7 +12,15 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from pyrodyn.linalg import markov, mode_log_normaliser, mode_marginals, most_probable_modes, sample_modes
+from pyrodyn.linalg import (
+    _mode_chain,
+    _room,
+    markov,
+    mode_log_normaliser,
+    mode_marginals,
+    most_probable_modes,
+    sample_modes,
+)
 
 BINS, MODES = 5, 3
 
@@ -23,7 +32,7 @@ def route(request, monkeypatch) -> str:
         monkeypatch.setattr(markov, "_compiled_for", lambda *_: None)
     else:
         pytest.importorskip("numba")
-        monkeypatch.setattr(markov, "RAREST", -300.0 if request.param == "scaled" else math.inf)
+        monkeypatch.setattr(_mode_chain, "RAREST", -300.0 if request.param == "scaled" else math.inf)
     return request.param
 
 
@@ -151,7 +160,7 @@ def test_long_chains_agree_on_every_route(monkeypatch):
     transition = torch.log_softmax(normal(1, 1, 4, 4) + 4.0 * torch.eye(4), -1)
     likelihood = 3.0 * normal(2, 2, 3000, 4)
     scaled = mode_log_normaliser(initial, transition, likelihood)
-    monkeypatch.setattr(markov, "RAREST", math.inf)
+    monkeypatch.setattr(_mode_chain, "RAREST", math.inf)
     torch.testing.assert_close(mode_log_normaliser(initial, transition, likelihood), scaled, rtol=1e-12, atol=1e-8)
     monkeypatch.setattr(markov, "_compiled_for", lambda *_: None)
     torch.testing.assert_close(mode_log_normaliser(initial, transition, likelihood), scaled, rtol=1e-12, atol=1e-8)
@@ -178,10 +187,17 @@ def test_elements_taken_together_equal_elements_taken_one_by_one(monkeypatch, mo
     leaves = [normal(0, 9, modes), normal(1, steps, modes, modes), 4.0 * normal(2, 9, bins, modes)]
     if bins == 1:
         leaves[1] = leaves[1][:1]
-    weight = normal(3, 9)
+    for weight in (normal(3, 9), torch.full((9,), 2.0, dtype=torch.float64), torch.ones(9, dtype=torch.float64)):
+        assert_together_equals_apart(monkeypatch, leaves, weight)
+
+
+def assert_together_equals_apart(monkeypatch, leaves: list[Tensor], weight: Tensor) -> None:
+    """Four elements at once, so that the last block is not full."""
     found = []
+    monkeypatch.setattr(_mode_chain, "LEAST", 4)
+    monkeypatch.setattr(_mode_chain, "BLOCK", 1)
     for together in (1, 100):
-        monkeypatch.setattr(markov, "TOGETHER", together)
+        monkeypatch.setattr(_mode_chain, "TOGETHER", together)
         inputs = [part.clone().requires_grad_() for part in leaves]
         value = mode_log_normaliser(*inputs)
         slopes = torch.autograd.grad((weight * value).sum(), inputs, materialize_grads=True)
@@ -218,3 +234,37 @@ def test_an_infinite_potential_is_no_nan(route):
     likelihood[1] = -torch.inf
     value = mode_log_normaliser(normal(0, 2), normal(1, 1, 2, 2), likelihood)
     assert float(value) < -1e99
+
+
+def test_memory_is_used_again_when_nothing_refers_to_it(monkeypatch):
+    monkeypatch.setattr(_room, "_waiting", {})
+    first = _room.room((100, 300))
+    view, address = torch.from_numpy(first[10:])[5:], first.ctypes.data
+    del first
+    second = _room.room((299, 100))
+    assert second.ctypes.data != address and second.shape == (299, 100)
+    view += 1.0
+    del view
+    third = _room.room((30_000,))
+    assert third.ctypes.data == address and third.flags.writeable and third.dtype == np.float64
+    monkeypatch.setattr(_room, "KEPT", 0)
+    del second, third
+    assert sum(map(len, _room._waiting.values())) == 0
+
+
+def test_a_gradient_leaves_its_memory_without_the_collector_of_cycles(monkeypatch):
+    pytest.importorskip("numba")
+    monkeypatch.setattr(_room, "_waiting", {})
+    likelihood, held = normal(2, 40, 300, 4).requires_grad_(), []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            value = mode_log_normaliser(normal(0, 4), normal(1, 1, 4, 4), likelihood).sum()
+            torch.autograd.grad(value, likelihood)
+            del value
+            held.append({memory.ctypes.data for left in _room._waiting.values() for memory in left})
+    finally:
+        gc.enable()
+    assert held[0] == held[1] == held[2]
+    assert max(_room._waiting) >= 8 * likelihood.numel()

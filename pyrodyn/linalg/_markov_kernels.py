@@ -25,7 +25,7 @@ except ImportError:  # the functions below run as they are: right, and slow
     njit = None
 
 UNROLLED = 16
-CACHED = 32_768  # numbers that may wait in the cache for a product of matrices: 256 kB
+CACHED = 8_192  # numbers that may wait in the cache for a product of matrices: 64 kB
 
 _OPTIONS = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz"}}
 
@@ -45,12 +45,13 @@ def compiled(function: Callable) -> Callable:
 
 
 @compiled
-def relative(likelihood, top, below):
+def relative(likelihood, top, below, known):
     """Largest entry of every bin ``top`` (element, time), and what the others are below it; returns their sum.
 
     That sum is NaN where a potential is NaN, or the largest of a bin infinite.
     """
-    elements, bins, modes = likelihood.shape
+    elements, bins = likelihood.shape[:2]
+    modes = len(known) or likelihood.shape[2]
     whole = 0.0
     for b in range(elements):
         for t in range(bins):
@@ -65,12 +66,14 @@ def relative(likelihood, top, below):
 
 
 @compiled
-def filter_together(initial, transition, likelihood, filtered, scale):
+def filter_together(initial, transition, likelihood, filtered, scale, known):
     """`filter_scaled` of elements that share a transition (time - 1 or 1, mode, mode).
 
-    Time comes first: likelihood and filtered (time, element, mode), scale (time, element).
+    Time comes first: likelihood and filtered (time, element, mode); not in scale (element, time). The likelihood is
+    divided by the scale, as `smooth_together` wants it.
     """
-    bins, elements, modes = likelihood.shape
+    bins, elements = likelihood.shape[:2]
+    modes = len(known) or likelihood.shape[2]
     for t in range(bins):
         if t == 0:
             filtered[0] = initial
@@ -81,45 +84,55 @@ def filter_together(initial, transition, likelihood, filtered, scale):
             for k in range(modes):
                 filtered[t, b, k] *= likelihood[t, b, k]
                 total += filtered[t, b, k]
-            scale[t, b] = total
+            scale[b, t] = total
             inverse = 1.0 / total
             for k in range(modes):
                 filtered[t, b, k] *= inverse
+                likelihood[t, b, k] *= inverse
 
 
 @compiled
-def smooth_together(transition, likelihood, filtered, scale, weight, marginal, pairs):
-    """Posterior probabilities of modes (element, time, mode) and of pairs, in the shape of ``transition``, times the
-    ``weight`` of the element. The other arguments are those of `filter_together`."""
-    bins, elements, modes = likelihood.shape
+def smooth_together(transition, transposed, likelihood, filtered, weight, marginal, pairs, known):
+    """Posterior probabilities of modes (element, time, mode), times the ``weight`` of the element; those of pairs are
+    added to ``pairs``, in the shape of ``transition``.
+
+    Likelihood and filtered probabilities are those that `filter_together` left behind.
+    """
+    bins, elements = likelihood.shape[:2]
+    modes = len(known) or likelihood.shape[2]
     # Bins that share a transition share the product that sums their pairs, as many as stay in the cache.
-    most = max(1, CACHED // (elements * modes)) if len(transition) == 1 else 1
-    entered, after = np.empty((most, elements, modes)), np.empty((elements, modes))
+    most = max(1, min(bins - 1, CACHED // (elements * modes))) if len(transition) == 1 else 1
+    entered, after = np.empty((most, elements, modes)), np.empty((most + 1, elements, modes))
     found = np.empty((modes, modes))
-    pairs[:] = 0.0
     for b in range(elements):
-        after[b, :] = weight[b]
-    for t in range(bins - 1, 0, -1):
-        slot = (t - 1) % most
-        ahead = entered[slot]
-        for b in range(elements):
-            inverse = 1.0 / scale[t, b]
+        after[0, b, :] = weight[b]
+    last = bins - 1
+    while last > 0:
+        first = max(1, last - most + 1)  # bins of this round, entered from the bin before each
+        place = min(first - 1, len(transition) - 1)
+        held = last - first + 1
+        for step in range(held):
+            t = last - step
+            slot = t - first
+            ahead, now, reached = entered[slot].ravel(), likelihood[t].ravel(), after[step].ravel()
+            for i in range(elements * modes):
+                ahead[i] = now[i] * reached[i]
+            np.dot(entered[slot], transposed[place], after[step + 1])
+        rows = held * elements
+        before = filtered[first - 1 : last].reshape(rows, modes)
+        np.dot(before.T, entered[:held].reshape(rows, modes), found)
+        for j in range(modes):
             for k in range(modes):
-                marginal[b, t, k] = filtered[t, b, k] * after[b, k]
-                ahead[b, k] = likelihood[t, b, k] * after[b, k] * inverse
-        place = min(t - 1, len(transition) - 1)
-        np.dot(ahead, transition[place].T, after)
-        if slot == 0:
-            held = min(most, bins - t)
-            rows = held * elements
-            before = filtered[t - 1 : t - 1 + held].reshape(rows, modes)
-            np.dot(before.T, entered[:held].reshape(rows, modes), found)
-            for j in range(modes):
+                pairs[place, j, k] += found[j, k] * transition[place, j, k]
+        for b in range(elements):
+            for t in range(first, last + 1):
                 for k in range(modes):
-                    pairs[place, j, k] += found[j, k] * transition[place, j, k]
+                    marginal[b, t, k] = filtered[t, b, k] * after[last - t, b, k]
+        after[0] = after[held]
+        last = first - 1
     for b in range(elements):
         for k in range(modes):
-            marginal[b, 0, k] = filtered[0, b, k] * after[b, k]
+            marginal[b, 0, k] = filtered[0, b, k] * after[0, b, k]
 
 
 @inlined
