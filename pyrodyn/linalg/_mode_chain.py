@@ -120,7 +120,7 @@ class ModeLogNormaliser(torch.autograd.Function):
             if found is not None:
                 # Not the value: with it, memory would wait for the collector of cycles.
                 value, ctx.smoothed = found
-                ctx.chain = chain
+                ctx.save_for_backward(initial, transition, likelihood)
                 return value
         else:
             found = chain.filter()
@@ -140,7 +140,7 @@ class ModeLogNormaliser(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         if ctx.smoothed is not None:
-            weighted, pairs = _weighted(ctx.chain, ctx.smoothed, grad)
+            weighted, pairs = _weighted(ctx.saved_tensors, ctx.smoothed, grad)
         elif ctx.scaled is not None:
             weighted, pairs = _smooth_apart(ctx.scaled, ctx.known, grad)
         else:
@@ -153,14 +153,13 @@ class ModeLogNormaliser(torch.autograd.Function):
         return weighted[:, 0], pairs, weighted, None
 
 
-def _weighted(chain: ModeChain, smoothed: Smoothed, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _weighted(potentials: tuple[Tensor, ...], smoothed: Smoothed, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Marginals and pairs of elements that go together, from those with a weight of one."""
     common = float(grad[0])
     if bool((grad != common).any()):
-        again = chain.smooth(array(grad))
+        again = ModeChain(*potentials).smooth(array(grad))
         assert again is not None  # it went before
-        smoothed = again[1]
-        return torch.from_numpy(smoothed.marginal), torch.from_numpy(smoothed.pairs)
+        smoothed, common = again[1], 1.0
     marginal, pairs = torch.from_numpy(smoothed.marginal), torch.from_numpy(smoothed.pairs)
     return (marginal, pairs) if common == 1.0 else (common * marginal, common * pairs)
 
