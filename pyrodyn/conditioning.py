@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.linalg import log_normaliser
-from pyrodyn.linalg.matrix import broadcast_shapes
+from pyrodyn.linalg.matrix import broadcast_shapes, of_all_trials, product
 from pyrodyn.readouts import AffineReadout
 
 MAX_NEWTON_STEPS = 100
@@ -145,7 +145,7 @@ class _Sums(torch.autograd.Function):
         weighted = loading * weight.unsqueeze(-1)
         precision = (loading.mT @ weighted).unsqueeze(-3)
         # A wide product takes half the time of a tall one; of many trials its layout would cost more than that.
-        seen = (weighted.mT @ observations.mT).mT if len(observations) == 1 else observations @ weighted
+        seen = (weighted.mT @ observations.mT).mT if len(observations) == 1 else of_all_trials(observations, weighted)
         linear = seen - (weighted * offset.unsqueeze(-1)).sum(-2, keepdim=True)
         centred = offset - middle.squeeze(-2)
         pull = centred * weight
@@ -164,9 +164,8 @@ class _Sums(torch.autograd.Function):
         # (y - offset) W C, summed over trials and bins
         for_linear = for_linear.flatten(-3, -2)
         whole = for_linear.sum(-2, keepdim=True)
-        seen = torch.addcmul((for_linear.mT @ observations.flatten(0, 1)).mT, offset.mT, whole, value=-1.0).unsqueeze(
-            -3
-        )
+        seen = product(for_linear.mT, observations.flatten(0, 1)).mT
+        seen = torch.addcmul(seen, offset.mT, whole, value=-1.0).unsqueeze(-3)
         for_loading = (both + seen) * weight.unsqueeze(-1)
         for_weight = (torch.add(seen, both, alpha=0.5) * loading).sum(-1)
         for_offset = (weighted * whole.unsqueeze(-3)).sum(-1)
@@ -316,20 +315,25 @@ def laplace_evidence(prior: GaussMarkov, readout: AffineReadout, observations: T
 def find_mode(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) -> Tensor:
     """The most probable path of every draw and trial, (*draw, trial, time, latent), by damped Newton steps.
 
-    The start is the prior mean, a function of the parameters alone: a start carried over from an earlier call would
-    make a sampler's target depend on its history. Each batch element stops by itself when its step is below
-    `TOLERANCE`.
+    The start is a function of parameters and observations: one carried over from an earlier call would make a sampler's
+    target depend on its history. Each batch element stops by itself when its step is below `TOLERANCE`.
     """
     batch = broadcast_shapes(prior.batch_shape, readout.batch_shape)
-    state = prior.mean.expand(batch + prior.event_shape)
+    state = _first_path(prior, readout, observations).expand(batch + prior.event_shape)
+    floor = readout.expand_log(readout.predict(prior.mean), observations)[0] + prior.log_potential(prior.mean)
     predictor = readout.predict(state)
     fit, score, curvature = readout.expand_log(predictor, observations)
     value = fit + prior.log_potential(state)
+    if not bool((value >= floor).all()):  # parameters that fit badly
+        state = torch.where((value >= floor)[..., None, None], state, prior.mean)
+        predictor = readout.predict(state)
+        fit, score, curvature = readout.expand_log(predictor, observations)
+        value = fit + prior.log_potential(state)
     active = torch.isfinite(value)
     for _ in range(MAX_NEWTON_STEPS):
-        slope = prior.force(state) + score @ readout.loading
+        slope = prior.force(state) + of_all_trials(score, readout.loading)
         step = GaussMarkov(prior.diagonal + outer(readout, curvature), prior.upper, slope).mean
-        move = step @ readout.loading.mT
+        move = of_all_trials(step, readout.loading.mT)
         size = (MAX_PREDICTOR_STEP / move.abs().amax((-2, -1)).clamp(min=1e-12)).clamp(max=1.0)
         gain = (slope * step).sum((-2, -1))
         active = active & torch.isfinite(gain)
@@ -351,6 +355,23 @@ def find_mode(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) 
     return state
 
 
+def _first_path(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) -> Tensor:
+    """A path (*draw, trial, time, latent) that is mostly two or three Newton steps nearer than the prior mean.
+
+    The most probable one where the log likelihood is expanded, in every bin, about a predictor midway between the
+    observation and its unit's mean in the trial: how generalised linear models are started (McCullagh and Nelder,
+    Generalized Linear Models, 1989, section 2.5).
+    """
+    middle, sums = _moments(observations, readout.observed)
+    _, total, bins = sums.unsqueeze(-2).chunk(3, -1)
+    typical = (total + bins * middle + 0.5) / (bins + 1.0)
+    values = observations if readout.observed is None else torch.where(readout.observed, observations, typical)
+    predictor = readout.law.link(0.5 * (values + typical))
+    _, score, curvature = readout.expand_log(predictor, values)
+    target = score + curvature * (predictor - readout.offset)
+    return prior.condition(outer(readout, curvature), of_all_trials(target, readout.loading)).mean
+
+
 class _Newton(torch.autograd.Function):
     """``H^-1 slope`` with H held fixed; symmetric, so that the backward pass is the same solve."""
 
@@ -368,5 +389,5 @@ def outer(readout: AffineReadout, curvature: Tensor) -> Tensor:
     """C' diag(curvature) C in every bin, (*batch, time, latent, latent)."""
     loading = readout.loading
     pairs = (loading.unsqueeze(-1) * loading.unsqueeze(-2)).flatten(-2)
-    precision = curvature @ pairs
+    precision = of_all_trials(curvature, pairs)
     return precision.reshape(precision.shape[:-1] + loading.shape[-1:] * 2)

@@ -29,7 +29,7 @@ from torch.nn.functional import softplus
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pyrodyn.errors import ReadoutError
-from pyrodyn.linalg.matrix import broadcast_shapes
+from pyrodyn.linalg.matrix import broadcast_shapes, of_all_trials
 from pyrodyn.recording import Recording
 
 __all__ = [
@@ -95,6 +95,10 @@ class Law(ABC):
     @abstractmethod
     def mean(self, predictor: Tensor, noise: Any) -> Tensor:
         """Expected observation: a count for a bin, or a value in the recording's units."""
+
+    @abstractmethod
+    def link(self, mean: Tensor) -> Tensor:
+        """The predictor at which `mean` is a given one, (*batch, time, unit)."""
 
     @abstractmethod
     def marginal_mean(self, predictor: Tensor, variance: Tensor, noise: Any) -> Tensor:
@@ -184,10 +188,13 @@ class Gaussian(Readout):
         return (value - predictor) / noise.square()
 
     def curvature(self, predictor, noise, value):
-        return noise.square().reciprocal().expand(predictor.shape)
+        return noise.square().reciprocal().expand(broadcast_shapes(predictor.shape, noise.shape))
 
     def mean(self, predictor, noise):
         return predictor
+
+    def link(self, mean):
+        return mean
 
     def marginal_mean(self, predictor, variance, noise):
         return predictor
@@ -218,6 +225,9 @@ class _Counts(Readout):
 
     def mean(self, predictor, noise):
         return predictor.clamp(max=MAX_LOG_RATE).exp()
+
+    def link(self, mean):
+        return mean.log()
 
     def marginal_mean(self, predictor, variance, noise):
         return self.mean(predictor + 0.5 * variance, noise)
@@ -336,6 +346,9 @@ class Bernoulli(Readout):
     def mean(self, predictor, noise):
         return torch.sigmoid(predictor)
 
+    def link(self, mean):
+        return torch.logit(mean)
+
     def marginal_mean(self, predictor, variance, noise):
         # Gauss-Hermite of 15 nodes: within 1e-6 for the variances that a loading of order one gives.
         nodes, weights = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(15))
@@ -391,7 +404,7 @@ class AffineReadout(TorchDistribution):
 
     def predict(self, path: Tensor) -> Tensor:
         """The predictor (*batch, time, unit) of another path."""
-        return path @ self.loading.mT + self.offset
+        return of_all_trials(path, self.loading.mT) + self.offset
 
     def log_prob(self, value: Tensor) -> Tensor:
         return self.log_likelihood(self.predictor, value)

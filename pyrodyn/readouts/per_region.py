@@ -204,6 +204,9 @@ class _Blocks(Law):
     def mean(self, predictor, noise):
         return self._joined(law.mean(eta, own) for law, own, (eta,) in self._each(noise, (predictor,)))
 
+    def link(self, mean):
+        return self._joined(law.link(part) for law, _, (part,) in self._each(None, (mean,)))
+
     def marginal_mean(self, predictor, variance, noise):
         each = self._each(noise, (predictor, variance))
         return self._joined(law.marginal_mean(eta, spread, own) for law, own, (eta, spread) in each)
