@@ -23,6 +23,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from pyrodyn.conditioning import path_evidence
@@ -201,6 +202,7 @@ def main() -> int:
     options = parser.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
+    threadpool_limits(1)
     torch.set_default_dtype(torch.float64)
     pyro.enable_validation(False)
     lines = ["# Log likelihoods and gradients", "", f"Made by `{' '.join(['python', *sys.argv])}`.", ""]

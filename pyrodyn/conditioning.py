@@ -301,9 +301,11 @@ def laplace_evidence(prior: GaussMarkov, readout: AffineReadout, observations: T
         # torch's lazy properties turn gradients on inside no_grad: a prior not detached would have the search recorded.
         still = prior.detach()
         mode = find_mode(still, readout, observations)
-        precision = outer(readout, readout.curvature(readout.predict(mode), observations))
+    predictor = readout.predict(mode)
+    with torch.no_grad():
+        precision = outer(readout, readout.curvature(predictor, observations))
         curved = still.condition(precision, torch.zeros_like(mode))
-    slope = prior.force(mode) + readout.score(readout.predict(mode), observations) @ readout.loading
+    slope = prior.force(mode) + readout.score(predictor, observations) @ readout.loading
     moved = mode + _Newton.apply(curved, slope)
     predictor = readout.predict(moved)
     precision = prior.diagonal + outer(readout, readout.curvature(predictor, observations))
