@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import value_and_grad, vmap
 
-RUNS = 5
+RUNS, SECONDS = 5, 0.5  # as many runs as fill the seconds, and no fewer than that
 
 
 def timed(function, *arguments) -> dict[str, float]:
@@ -23,7 +23,7 @@ def timed(function, *arguments) -> dict[str, float]:
     began = time.process_time()
     value = jax.block_until_ready(function(*arguments))
     compiling, seconds = time.process_time() - began, []
-    for _ in range(RUNS):
+    while len(seconds) < RUNS or sum(seconds) < SECONDS:
         began = time.process_time()
         jax.block_until_ready(function(*arguments))
         seconds.append(time.process_time() - began)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from pyrodyn.linalg import chain, square_roots
+from pyrodyn.linalg import chain, matrix, square_roots
 from pyrodyn.linalg.chain import ChainFactor, factorise, log_normaliser
-from pyrodyn.linalg.matrix import precision_of
+from pyrodyn.linalg.matrix import of_all_trials, precision_of, product
 
 SIZES = [(bins, dim) for bins in (1, 2, 3, 4, 5, 7, 8, 13) for dim in (1, 2, 3)]
 
@@ -246,7 +246,7 @@ def test_import_leaves_numba_alone_and_everything_works_without_it():
 import sys, torch
 import pyrodyn.linalg
 from pyrodyn.linalg.chain import ChainFactor, factorise, log_normaliser
-from pyrodyn.linalg.matrix import precision_of
+from pyrodyn.linalg.matrix import of_all_trials, precision_of, product
 assert "numba" not in sys.modules
 sys.modules["numba"] = None  # as if it were not installed
 eye = torch.eye(2, dtype=torch.float64).expand(3, 2, 2)
@@ -290,3 +290,24 @@ def mixings() -> list[Tensor]:
 def test_gradient_of_square_roots(mixing):
     eye = torch.eye(3, dtype=torch.float64)
     assert gradcheck(lambda part: square_roots(eye + part @ part.mT), mixing.requires_grad_())
+
+
+@pytest.mark.parametrize(("left", "right"), [
+    ((3, 7), (7, 2)), ((2, 500, 7), (2, 7, 2)), ((500, 7), (4, 7, 2)), ((4, 7, 500), (500, 3)),
+    ((2, 1, 5, 500), (3, 500, 2)), ((300, 7), (7, 400)), ((0, 7), (7, 2)),
+])  # fmt: skip
+def test_products_by_parts_equal_products(monkeypatch, left, right):
+    """Tall ones, long sums, broadcast batches; and where a gradient is wanted."""
+    monkeypatch.setattr(matrix, "CACHED", 700)
+    first, second = normal(0, *left), normal(1, *right)
+    torch.testing.assert_close(product(first, second), first @ second, rtol=1e-12, atol=1e-12)
+    tracked = first.clone().requires_grad_()
+    assert product(tracked, second).requires_grad
+
+
+def test_a_product_for_all_trials_equals_one_for_each():
+    for weights in (normal(1, 1, 4, 2), normal(1, 5, 1, 4, 2), normal(1, 5, 3, 4, 2), normal(1, 4, 2)):
+        values = normal(0, 3, 6, 4)
+        torch.testing.assert_close(of_all_trials(values, weights), values @ weights, rtol=1e-12, atol=1e-12)
+    values, weights = normal(0, 5, 3, 6, 4), normal(1, 5, 1, 4, 2)
+    torch.testing.assert_close(of_all_trials(values, weights), values @ weights, rtol=1e-12, atol=1e-12)

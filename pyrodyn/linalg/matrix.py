@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyrodyn.linalg._room import room
+
 CACHED = 1 << 17  # numbers of a matrix that go through a product at once: 1 MB
 
 
@@ -33,14 +35,21 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     if tracked or left.device.type != "cpu" or not left.dtype == right.dtype == torch.float64:
         return left @ right
     first, second = left.detach().numpy(), right.detach().numpy()
-    rows = max(64, CACHED // first.shape[-1])
-    if first.shape[-2] < 2 * rows or second.shape[-1] > first.shape[-1]:
-        return torch.from_numpy(np.matmul(first, second))
-    batch = broadcast_shapes(first.shape[:-2], second.shape[:-2])
-    found = np.empty((*batch, first.shape[-2], second.shape[-1]))
-    for start in range(0, first.shape[-2], rows):
-        some = slice(start, start + rows)
-        np.matmul(first[..., some, :], second, out=found[..., some, :])
+    # A long side, of rows or of what is summed, goes by parts that stay in the cache.
+    rows, inner = first.shape[-2:]
+    at_once = max(64, CACHED // max(min(rows, inner), second.shape[-1]))
+    found = room((*broadcast_shapes(first.shape[:-2], second.shape[:-2]), rows, second.shape[-1]))
+    if max(rows, inner) < 2 * at_once:
+        np.matmul(first, second, out=found)
+    elif rows > inner:
+        for start in range(0, rows, at_once):
+            some = slice(start, start + at_once)
+            np.matmul(first[..., some, :], second, out=found[..., some, :])
+    else:
+        found[:] = 0.0
+        for start in range(0, inner, at_once):
+            some = slice(start, start + at_once)
+            found += np.matmul(first[..., some], second[..., some, :])
     return torch.from_numpy(found)
 
 
