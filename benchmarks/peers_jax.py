@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import value_and_grad, vmap
 
-RUNS, SECONDS = 5, 0.5  # as many runs as fill the seconds, and no fewer than that
+RUNS, SECONDS = 3, 0.3  # as many runs as fill the seconds, and no fewer than that
 
 
 def timed(function, *arguments) -> dict[str, float]:

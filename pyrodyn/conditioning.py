@@ -305,7 +305,7 @@ def laplace_evidence(prior: GaussMarkov, readout: AffineReadout, observations: T
     with torch.no_grad():
         precision = outer(readout, readout.curvature(predictor, observations))
         curved = still.condition(precision, torch.zeros_like(mode))
-    slope = prior.force(mode) + readout.score(predictor, observations) @ readout.loading
+    slope = prior.force(mode) + of_all_trials(readout.score(predictor, observations), readout.loading)
     moved = mode + _Newton.apply(curved, slope)
     predictor = readout.predict(moved)
     precision = prior.diagonal + outer(readout, readout.curvature(predictor, observations))
