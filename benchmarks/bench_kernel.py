@@ -225,9 +225,8 @@ def main() -> int:
     def row(cells: list[str]) -> None:
         say("| " + " | ".join(cells) + " |")
 
-    say(
-        f"Milliseconds of processor time on one core, median of {TURNS} turns of {RUNS} runs or more; pyrodyn in float64. {floor()}"
-    )
+    say(f"Milliseconds of processor time on one core, median of {TURNS} turns of {RUNS} runs or more.")
+    say(f"Ours is float64. {floor()}")
     say()
     say("## Linear-Gaussian model, value and gradient")
     say()
