@@ -237,8 +237,10 @@ class HMM(IntegratedModel):
         middle = (share.unsqueeze(-1) * predictor).sum(-2)
         apart = (share.unsqueeze(-1) * (predictor - middle.unsqueeze(-2)).square()).sum(-2)
         ends = torch.linalg.eigvals(transition).abs().expand(*lead, -1)
+        stay = transition.diagonal(dim1=-2, dim2=-1).expand(*lead, -1)
         found = {
             "occupancy": (("mode",), share.sort(-1, descending=True).values),
+            "stay_probability": (("mode",), stay.sort(-1, descending=True).values),
             "transition_eigenvalue_modulus": (("mode",), ends.sort(-1, descending=True).values),
             "initial_predictor": (("unit",), (initial.unsqueeze(-1) * predictor).sum(-2)),
             "predictor_mean": (("unit",), middle),

@@ -233,7 +233,7 @@ def transition_graph(posterior: xr.DataTree) -> Figure:
     Returns
     -------
     matplotlib.figure.Figure
-        Area of a node: the share of time. Width of an arrow, and the number at its middle: the share of the ways out of
+        Area of a node: the share of time. Width of an arrow, and the number on it: the share of the ways out of
         its mode, with all switches of all drawn paths counted. Beneath a mode's name stands how long it lasts.
 
     Raises
@@ -256,11 +256,11 @@ def transition_graph(posterior: xr.DataTree) -> Figure:
     axes = figure.subplots()
     for source, target in np.argwhere(shares >= RAREST):
         share = shares[source, target]
-        middle = draw_arrow(
+        label_at = draw_arrow(
             axes, place[source], place[target], width=WIDEST * share, colour=colours[source], alpha=0.8,
             areas=(area[source], area[target]), label=f"{labels[source]} → {labels[target]}",
         )  # fmt: skip
-        axes.annotate(f"{share:.2f}", (middle[0], middle[1]), ha="center", va="center", fontsize=6.5, bbox=BEHIND)
+        axes.annotate(f"{share:.2f}", (label_at[0], label_at[1]), ha="center", va="center", fontsize=6.5, bbox=BEHIND)
     axes.scatter(*place.T, s=area, c=colours, edgecolors="black", linewidths=0.8, zorder=3)
     for k, (x, y) in enumerate(place):
         ways = leaving[k].sum()
