@@ -270,7 +270,7 @@ def _of_path(model: Any, parameters: Any, part: Recording) -> Labelled:
     """What `predict` returns of a Gauss-Markov path, means and variances in closed form."""
     law = collapse(model).path_posterior(parameters, part)
     readout = model.readout_law(parameters, law.mean, part)
-    spread = torch.einsum("...tij,...ui,...uj->...tu", law.covariance, readout.loading, readout.loading)
+    spread = readout.spread(law.covariance)
     expected = readout.law.marginal_mean(readout.predictor, spread, readout.noise).mean(0)
     drawn = readout.law.mean(readout.predict(law.sample()), readout.noise)
     return _bands(expected, drawn) | path_summary(law)

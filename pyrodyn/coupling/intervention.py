@@ -194,7 +194,7 @@ def forecast(transition: Transition, readout: AffineReadout, surgery: Surgery) -
     mean = follow(dynamics, shocks, surgery.held)
     noise, initial = (part.squeeze(-3) for part in (transition.process_noise, transition.initial_covariance))
     covariance = spread(dynamics, noise, initial, surgery.held).unsqueeze(-4)
-    variance = torch.einsum("...tij,...ui,...uj->...tu", covariance, readout.loading, readout.loading)
+    variance = readout.spread(covariance)
     return readout.law.marginal_mean(readout.predict(mean), variance, readout.noise)
 
 

@@ -406,6 +406,11 @@ class AffineReadout(TorchDistribution):
         """The predictor (*batch, time, unit) of another path."""
         return of_all_trials(path, self.loading.mT) + self.offset
 
+    def spread(self, covariance: Tensor) -> Tensor:
+        """Variance of the predictor (*batch, time, unit) from that of the path, (*batch, time, latent, latent)."""
+        pairs = (self.loading.unsqueeze(-1) * self.loading.unsqueeze(-2)).flatten(-2)
+        return covariance.flatten(-2) @ pairs.mT
+
     def log_prob(self, value: Tensor) -> Tensor:
         return self.log_likelihood(self.predictor, value)
 
