@@ -28,6 +28,7 @@ from pyrodyn.program import (
     LatentModel,
     Program,
     StateSpaceModel,
+    draws_of,
     globals_given,
     log_terms,
     specification,
@@ -215,11 +216,13 @@ def over_draws(latents: Labelled, model: LatentModel, recording: Recording) -> L
 def draw_local(model: LatentModel, parameters: Any, recording: Recording, repeats: int = 1) -> dict[str, Tensor]:
     """The sites of trials, each (draw, trial, *event), given observations and the parameters of every draw.
 
-    ``repeats`` is how many are drawn for every draw of the parameters where these draws are approximate: of a point
+    ``repeats`` is how many are drawn for every draw of the parameters, unless the path is integrated out: of a point
     estimate there is but one.
     """
     if isinstance(model, DrawsLocal):
-        return model.draw_local(parameters, recording)
+        draws = len(next(part for part in parameters if part is not None))
+        every = np.repeat(np.arange(draws), repeats)
+        return model.draw_local(draws_of(parameters, every) if repeats > 1 else parameters, recording)
     if collapses(model, recording):
         return {"latent": collapse(model).path_posterior(parameters, recording).sample()}
     return LocalInference().infer(model, parameters, recording).sample(repeats)

@@ -231,6 +231,11 @@ def globals_given(model: LatentModel, values: Mapping[str, Tensor], recording: R
         return model.sample_globals(recording)
 
 
+def draws_of(parameters: Any, which: Any) -> Any:
+    """Parameters (draw, 1, *event) at some of their draws: a slice, or positions that may be named more than once."""
+    return parameters._make(None if part is None else part[which] for part in parameters)
+
+
 def global_laws(model: LatentModel, recording: Recording) -> dict[str, Any]:
     """The prior of every global site, by name."""
     with poutine.block(), torch.no_grad():

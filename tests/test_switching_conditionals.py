@@ -91,7 +91,7 @@ def test_precisions_are_wishart_about_what_the_coefficients_leave_over():
             assert scipy.stats.ks_2samp(statistic(drawn[:, k].numpy()), statistic(reference)).pvalue > 1e-3
     # psi given the precisions of all modes: Bayes' theorem on a grid.
     held = drawn[:1]
-    found = draw_scale(held.expand(MANY, -1, -1, -1), 4.0, 0.5, 5.0)
+    found = draw_scale(held.expand(MANY, -1, -1, -1), 2 * 4.0, 0.5, 5.0)
     grid = np.linspace(1e-4, 6.0, 4000)
     log_density = scipy.stats.gamma(0.5, scale=0.2).logpdf(grid)
     for matrix in held[0].numpy():

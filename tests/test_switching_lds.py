@@ -10,8 +10,8 @@ import numpy as np
 import pyro
 import pytest
 import scipy.special
-import scipy.stats
 import torch
+from _switching import over_paths, prior_draws, sweeps_leave_the_prior_alone
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 from torch import Tensor
@@ -22,15 +22,14 @@ from pyrodyn.comparison import LOO, HeldOutEntries, KFold
 from pyrodyn.comparison.folds import _fold_of
 from pyrodyn.comparison.terms import Candidate, terms_of
 from pyrodyn.conditionals.modes import settle
-from pyrodyn.conditioning import path_evidence
+from pyrodyn.conditioning import gaussian_potential, path_evidence
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.errors import ModelError
+from pyrodyn.inference import LocalInference
 from pyrodyn.inference.engine import double_precision, random_stream
 from pyrodyn.inference.switching_particles import switching_evidence
-from pyrodyn.models._switching_path import draw_path
 from pyrodyn.models.switching_lds import SwitchingLDS
 from pyrodyn.program import globals_given, log_joint
-from pyrodyn.readouts import AffineReadout
 
 SHORT = inference.Gibbs(draws=15, warmup=10, chains=2)
 
@@ -49,12 +48,6 @@ def blank(trials: int = 2, bins: int = 9, units: int = 3, *, counts: bool, input
     ).blank()
 
 
-def prior_draws(model: SwitchingLDS, like, draws: int, seed: int) -> dict[str, Tensor]:
-    with random_stream(seed), pyro.plate("draw", draws, dim=-2):
-        trace = poutine.trace(model.sample_globals).get_trace(like)
-    return {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes if name != "draw"}
-
-
 # ----------------------------------------------------------------------------------------- the posterior as a whole
 
 JOINT = {
@@ -66,55 +59,10 @@ JOINT = {
 
 @pytest.mark.parametrize("name", JOINT)
 def test_sweeps_with_data_drawn_anew_leave_the_prior_alone(name):
-    """Geweke's test: a fault in any move, or in any prior that it uses, moves the parameters away from their prior."""
-    model, groups, sweeps = JOINT[name], 400, 25
-    rng = np.random.default_rng(1)
-    mask = rng.random((2, 9, 3)) > 0.2
-    counts = not model.readout.is_gaussian
-    like = blank(counts=counts, inputs=1, mask=mask, lengths=[9, 6])
-    with torch.no_grad(), double_precision():
-        values = prior_draws(model, like, groups, 1)
-        parameters = globals_given(model, values, like)
-        with random_stream(2):
-            path, modes = model.latent_path(parameters, like).expand((groups, 2)).sample_jointly()
-            seen = torch.where(like.mask, model.readout_law(parameters, path, like).sample(), 0.0)
-        sweep = model.conditionals(like.with_observations(seen[0]), seen)
-        with random_stream(3):
-            state = sweep.start({n: v.squeeze(1) for n, v in values.items()}, 1)
-            total = sweep.prior.counts.sum(-1)
-            rows = torch._standard_gamma(total.expand(groups, -1)) / total
-            state |= {"path": path, "modes": modes, "table": state["table"] + rows.log().unsqueeze(-1)}
-            for _ in range(sweeps):
-                state = sweep.sweep(state, 1.0)
-                noise = state["noise"].unsqueeze(1) if "noise" in state else None
-                law = AffineReadout(
-                    model.readout, state["path"], state["loading"].unsqueeze(1), state["offset"].unsqueeze(1), noise
-                )
-                sweep.values = torch.where(like.mask, law.sample(), 0.0)
-            sites = {n: v.unsqueeze(1) for n, v in sweep.sites(state).items()}
-        fresh = prior_draws(model, like, 8000, 4)
-        moved, reference = globals_given(model, sites, like), globals_given(model, fresh, like)
-        with random_stream(5):
-            paths, chosen = model.latent_path(reference, like).expand((8000, 2)).sample_jointly()
-
-        def statistics(parameters, sites, path, modes, loading) -> dict[str, np.ndarray]:
-            found = {}
-            for key, (_, value) in model.invariants(parameters).items():
-                flat = value.flatten(1)
-                found |= {f"{key}[{i}]": flat[:, i].numpy() for i in range(flat.shape[-1])}
-            found["scale"] = sites["process_scale"].flatten().numpy()
-            if "recurrence_variance" in sites:
-                found["slopes"] = sites["recurrence_variance"].flatten().numpy()
-            found["start"] = path[:, 0, 0].square().sum(-1).numpy()
-            found["predictor"] = (path[:, 1, 4] * loading[:, 0]).sum(-1).abs().numpy()
-            switches = (modes[:, 1, 1:6] != modes[:, 1, :5]).sum(-1)
-            return found | {"switches": switches.double().numpy()}
-
-        of_chain = statistics(moved, sites, state["path"], state["modes"], state["loading"])
-        of_prior = statistics(reference, fresh, paths, chosen, reference.loading.squeeze(1))
-    p = {key: scipy.stats.ks_2samp(of_chain[key], of_prior[key]).pvalue for key in of_chain}
-    assert min(p.values()) > 5e-4, {key: value for key, value in p.items() if value < 5e-4}
-    assert np.mean([value < 0.05 for value in p.values()]) < 0.2
+    model = JOINT[name]
+    mask = np.random.default_rng(1).random((2, 9, 3)) > 0.2
+    like = blank(counts=not model.readout.is_gaussian, inputs=1, mask=mask, lengths=[9, 6])
+    sweeps_leave_the_prior_alone(model, like)
 
 
 # ---------------------------------------------------------------------------------------------- all paths of the modes
@@ -154,7 +102,7 @@ def test_gibbs_over_path_and_modes_agrees_with_all_mode_paths():
         sweep = model.conditionals(recording)
         state = sweep.start({n: v[0, 0] for n, v in values.items()}, many)
         for _ in range(40):
-            draw_path(sweep, state)
+            sweep.draw_path(state)
             sweep.moves.draw_modes(state, state["path"])
     share = torch.nn.functional.one_hot(state["modes"][:, 0], 2).double().mean(0)
     error = (expected * (1.0 - expected) / many).sqrt()
@@ -348,19 +296,6 @@ def short_runs() -> tuple[SwitchingLDS, Any, Any, list]:
     return model, recording, posterior, list(itertools.product(range(2), repeat=6))
 
 
-def over_paths(model: SwitchingLDS, parameters: Any, recording: Any, sequences: list) -> np.ndarray:
-    """Log p(y | parameters) of every draw and trial, (draw, trial), as a sum over every path of the modes."""
-    chosen = torch.nn.functional.one_hot(torch.tensor(sequences), 2).double()[:, None, None]  # (path, 1, 1, time, mode)
-    with torch.no_grad(), double_precision():
-        prior = model.latent_path(parameters, recording).given_modes(chosen)
-        seen = path_evidence(prior, model.readout_law(parameters, prior.mean, recording), recording.values)
-    initial, transition = parameters.initial.log()[:, 0], parameters.transition.log()[:, 0]
-    for i, modes in enumerate(sequences):
-        steps = sum(transition[:, a, b] for a, b in itertools.pairwise(modes))
-        seen[i] += (initial[:, modes[0]] + steps).unsqueeze(-1)
-    return torch.logsumexp(seen, 0).numpy()
-
-
 def log_mean(values: np.ndarray) -> np.ndarray:
     return scipy.special.logsumexp(values, axis=0) - np.log(len(values))
 
@@ -401,3 +336,67 @@ def test_folds_and_hidden_entries_of_switching_dynamics_sum_over_all_paths():
     whole, seen = (over_paths(model, parameters, part, sequences) for part in (recording, recording.hide(mask=hidden)))
     assert entries.likelihood == "particles"
     np.testing.assert_allclose(entries.pointwise, log_mean(whole - seen), atol=0.15)
+
+
+# ---------------------------------------------------------------------------------------------- prediction
+
+
+def test_draws_of_path_and_modes_are_those_of_all_mode_paths():
+    model, recording, parameters, values, (chosen, weights) = small()
+    many = 3000
+    share = torch.softmax(weights, 0)
+    expected = torch.einsum("p,ptk->tk", share, chosen)
+    with torch.no_grad(), double_precision(), random_stream(3):
+        law = model.latent_path(parameters, recording).given_modes(chosen.unsqueeze(1))
+        readout = model.readout_law(parameters, torch.zeros(1, 8, 1).double(), recording)
+        near = law.condition(*gaussian_potential(readout, recording.values))
+        mean = torch.einsum("p,ptd->td", share, near.mean[:, 0])
+        square = torch.einsum("p,ptd->td", share, near.mean[:, 0].square() + near.variance[:, 0])
+        wide = {n: v.expand(many, *v.shape[1:]) for n, v in values.items()}
+        local = model.draw_local(globals_given(model, wide, recording), recording)
+    found = torch.nn.functional.one_hot(local["mode"][:, 0], 2).double().mean(0)
+    assert float(((found - expected) / (expected * (1.0 - expected) / many).sqrt()).abs().max()) < 4.0
+    path = local["latent"][:, 0]
+    assert float(((path.mean(0) - mean) / ((square - mean.square()) / many).sqrt()).abs().max()) < 4.0
+    assert float(((path.square().mean(0) - square) / (path.square().std(0) / many**0.5)).abs().max()) < 4.0
+
+
+def test_draws_given_counts_agree_with_weighted_draws_of_the_prior_and_with_a_mode_of_each_trial():
+    model = SwitchingLDS(2, 1, recurrent=True, stickiness=3.0)
+    like = blank(2, 4, 2, counts=True, inputs=1, lengths=[4, 3])  # few bins, as above
+    many = 2000
+    with torch.no_grad(), double_precision(), random_stream(3):
+        values = prior_draws(model, like, 1, 4)
+        values["process_scale"] = torch.full_like(values["process_scale"], 2.0)  # modes that noise can take for others
+        parameters = globals_given(model, values, like)
+        path = model.latent_path(parameters, like).expand((1, 2)).sample()
+        seen = torch.where(like.mask, model.readout_law(parameters, path, like).sample()[0], 0.0)
+        recording = like.with_observations(seen)
+        wide = globals_given(model, {n: v.expand(many, *v.shape[1:]) for n, v in values.items()}, recording)
+        local = model.draw_local(wide, recording)
+        prior, modes = model.latent_path(parameters, recording).expand((1, 2)).sample_jointly((200_000,))
+        fit = model.readout_law(parameters, prior, recording).log_prob(seen)
+        # The slow route, by which models without moves of their own predict.
+        slow = LocalInference().infer(model, parameters, recording).sample(many)["latent"]
+    weight = torch.softmax(fit, 0)[..., 0, :, None, None]
+    mean = (weight * prior[:, 0]).sum(0)
+    sd = (weight * (prior[:, 0] - mean).square()).sum(0).sqrt()
+    error = ((weight**2).sum(0) + 1.0 / many).sqrt()
+    assert float(error.max()) < 0.05
+    assert float(((local["latent"].mean(0) - mean) / sd / error).abs().max()) < 4.0
+    share = (weight[..., 0] * (modes[:, 0] == 1)).sum(0)
+    found = (local["mode"] == 1).double().mean(0)
+    spread = (share * (1.0 - share)).sqrt().clamp(min=0.05)  # that of a rare mode is not known better
+    assert float(((found - share) / error[..., 0] / spread).abs().max()) < 4.0
+    assert float(((slow.mean(0) - local["latent"].mean(0)) / sd).abs().max()) < 0.5  # it takes the mode for the mean
+
+
+def test_one_draw_predicts_with_the_spread_of_its_paths():
+    model, recording, *_ = small()
+    engine = inference.SVI(steps=5, draws=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dyn.FitWarning)
+        posterior = dyn.fit(model, recording, engine, seed=0)
+    assert posterior["posterior"].sizes["draw"] == 1
+    found = dyn.predict(posterior, recording, draws=50)
+    assert (found["path_sd"] > 0.0).all() and (found["expected_sd"] > 0.0).all()

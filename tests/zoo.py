@@ -342,10 +342,11 @@ MODELS += (
 )
 
 ROTATED_PERMUTATION = "another numbering of the modes, orthogonal changes of the latent coordinates"
+REGIONS_PERMUTATION = "another numbering of the modes, orthogonal changes in each region"
 
 
 def _turned(model: Any, local: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-    return {"latent": local["latent"] @ model.symmetry(seed)[1]}
+    return {"latent": local["latent"] @ model.symmetry(blank(), seed)[1]}
 
 
 MODELS += (
@@ -361,6 +362,22 @@ MODELS += (
         models.SwitchingLDS(3, 1, readout=readouts.Gaussian()),
         lambda: blank(2, 7, counts=False, lengths=[7, 4], missing=0.2),
         ROTATED_PERMUTATION,
+        _turned,
+    ),
+    Row(
+        "MultiRegionSwitchingLDS-Poisson-recurrent-inputs",
+        models.MultiRegionSwitchingLDS(2, {"V1": 2, "V2": 1}, recurrent=True),
+        lambda: blank(2, 7, inputs=1),
+        REGIONS_PERMUTATION,
+        _turned,
+    ),
+    Row(
+        "MultiRegionSwitchingLDS-counts-and-channels-one-edge-missing",
+        models.MultiRegionSwitchingLDS(
+            2, 1, edges=[("V2", "V1", 0.3)], readout={"V1": readouts.Poisson(), "V2": readouts.Gaussian()}
+        ),
+        lambda: mixed(missing=0.2),
+        REGIONS_PERMUTATION,
         _turned,
     ),
     Row(

@@ -75,9 +75,8 @@ def mode_marginals_and_counts(initial: Tensor, transition: Tensor, likelihood: T
 def _rest_of_bound(law: SwitchingPath, chain: GaussMarkov, readout: AffineReadout, observations: Tensor) -> Tensor:
     """What observations and the start expect under the path's law, and its entropy, (*draw, trial)."""
     predictor = readout.predict(chain.mean)
-    spread = torch.einsum("...tij,...ui,...uj->...tu", chain.covariance, readout.loading, readout.loading)
     fit = readout.log_likelihood(predictor, observations)
-    fit = fit - 0.5 * (readout.curvature(predictor, observations) * spread).sum((-2, -1))
+    fit = fit - 0.5 * (readout.curvature(predictor, observations) * readout.spread(chain.covariance)).sum((-2, -1))
     start = torch.cholesky_inverse(torch.linalg.cholesky(law.start_covariance))
     first = (start * chain.covariance[..., 0, :, :]).sum((-2, -1))
     return fit + law.log_start(chain.mean) - 0.5 * first + chain.entropy()

@@ -29,6 +29,11 @@ class StepSums(NamedTuple):
     cross: Tensor  # (chain, mode, regressor, latent)
     square: Tensor  # (chain, mode, latent, latent)
 
+    def of(self, rows: Tensor, place: slice) -> StepSums:
+        """Those of the steps of some latents, regressed on ``rows`` (regressor,) alone."""
+        gram = self.gram[..., rows, :][..., rows]
+        return StepSums(self.count, gram, self.cross[..., rows, place], self.square[..., place, place])
+
     def residual(self, coefficients: Tensor) -> Tensor:
         """Sum of outer products of what W (chain, mode, regressor, latent) leaves over, (chain, mode, latent,
         latent)."""
@@ -118,9 +123,11 @@ def bartlett(degrees: Tensor, dim: int) -> Tensor:
     return below.tril(-1) + torch.diag_embed(diagonal)
 
 
-def draw_scale(precision: Tensor, degrees: float, shape: float, rate: float) -> Tensor:
-    r""":math:`\psi \sim \mathrm{Gamma}` (shape, rate) given the precisions of all modes, (chain,)."""
-    modes, dim = precision.shape[1], precision.shape[-1]
+def draw_scale(precision: Tensor, freedom: float, shape: float, rate: float) -> Tensor:
+    r""":math:`\psi \sim \mathrm{Gamma}` (shape, rate) given the precisions of all modes, (chain,).
+
+    ``freedom`` is the number of latents times their degrees of freedom, of one mode.
+    """
     total = precision.diagonal(dim1=-2, dim2=-1).sum((-2, -1))
-    gamma = torch._standard_gamma(torch.full_like(total, shape + 0.5 * modes * dim * degrees))
+    gamma = torch._standard_gamma(torch.full_like(total, shape + 0.5 * precision.shape[1] * freedom))
     return gamma / (rate + 0.5 * total)

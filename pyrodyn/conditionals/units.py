@@ -8,6 +8,7 @@ Reference: Gamerman, Stat. Comput. 7:57 (1997).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,71 @@ from torch import Tensor
 
 from pyrodyn.linalg.matrix import cholesky
 from pyrodyn.readouts import Law
+
+NOISE_STEPS = 4  # of the random walk of a unit's noise in a sweep: it mixes slower than all else
+GOAL = 0.44  # its acceptance
+
+
+@dataclass(frozen=True)
+class UnitMoves:
+    """Moves for all that belongs to units, each of which reads out some of the latents.
+
+    Attributes
+    ----------
+    law : Law
+        Of all units.
+    windows : list of (Tensor of int, slice)
+        Units, and the latents that they read out.
+    offset_prior : Normal, (unit)
+    noisy : Tensor of int
+        Units whose law has a parameter of its own.
+    noise_prior : distribution of it, or None
+    mask : Tensor of bool, (trial, time, unit), or None
+    """
+
+    law: Law
+    windows: list[tuple[Tensor, slice]]
+    offset_prior: Any
+    noisy: Tensor
+    noise_prior: Any
+    mask: Tensor | None
+
+    def draw(self, state: dict[str, Tensor], values: Tensor, variance: Tensor, adapt: bool) -> None:
+        """Loadings, offsets and noise of all units, (chain, ...), anew.
+
+        ``values`` are (chain or 1, trial, time, unit), ``variance`` (chain or 1, unit) that of a unit's loadings a
+        priori. With ``adapt`` the walks of the noise learn their steps.
+        """
+        path, values = state["path"].flatten(1, 2), values.flatten(1, 2)
+        seen = None if self.mask is None else self.mask.flatten(0, 1)
+        loading, offset, rates = state["loading"].clone(), state["offset"].clone(), []
+        for units, place in self.windows:
+            design = torch.cat([path[..., place], torch.ones_like(path[..., :1])], -1)
+            held = torch.cat([loading[:, units, place], offset[:, units, None]], -1)
+            mean = torch.zeros_like(held[:1])
+            mean[..., -1] = self.offset_prior.mean[units]
+            weight = variance[:, units].reciprocal().unsqueeze(-1)
+            last = self.offset_prior.variance[units].reciprocal().expand(len(weight), -1).unsqueeze(-1)
+            precision = torch.cat([weight.expand(-1, -1, held.shape[-1] - 1), last], -1)
+            noise = state["noise"][:, None, units] if "noise" in state else None
+            held, rate = draw_coefficients(
+                self.law.of_units(units), noise, values[..., units], None if seen is None else seen[:, units], design,
+                held, mean, precision,
+            )  # fmt: skip
+            loading[:, units, place], offset[:, units] = held[..., :-1], held[..., -1]
+            rates.append(rate)
+        state["loading"], state["offset"], state["unit_acceptance"] = loading, offset, torch.cat(rates, -1)
+        if "noise" not in state:
+            return
+        own = self.noisy
+        law, noise = self.law.of_units(own), state["noise"][:, own]
+        predictor = path @ loading[:, own].mT + offset[:, own].unsqueeze(1)
+        values, seen = values[..., own], None if seen is None else seen[:, own]
+        for _ in range(NOISE_STEPS):
+            noise, rate = draw_noise(law, self.noise_prior, noise, values, seen, predictor, state["noise_step"])
+            if adapt:
+                state["noise_step"] = state["noise_step"] * (0.3 * (rate - GOAL)).exp()
+        state["noise"] = state["noise"].index_copy(1, own, noise)
 
 
 def draw_coefficients(

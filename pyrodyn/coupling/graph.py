@@ -12,7 +12,7 @@ import xarray as xr
 from pyrodyn.coupling.measures import blocks, impulse_responses, variance_shares
 from pyrodyn.coupling.presence import checked_prior, savage_dickey
 from pyrodyn.coupling.spectra import granger_geweke
-from pyrodyn.coupling.system import SHARED_INNOVATIONS, System, read_system
+from pyrodyn.coupling.system import SHARED_INNOVATIONS, System, dynamics_of, read_system
 from pyrodyn.errors import CouplingError
 from pyrodyn.posterior import SESSIONS
 
@@ -45,7 +45,9 @@ def coupling_graph(
         ``process_noise``, ``loading`` (unit, latent), the coordinate ``latent_region`` (latent), and, where the model
         has them, ``innovation_loading`` (latent, shared) and ``presence`` (target, source). Of a fit of several
         sessions, the dataset has the dim ``session`` and what sessions share (see `pyrodyn.sessions`); regions that a
-        session lacks are NaN, and patterns over units are left out.
+        session lacks are NaN, and patterns over units are left out. Of dynamics that switch, it has the dim ``mode``:
+        a graph for each mode, as if that mode went on for ever. ``graph.sel(mode=0)`` is what pictures and
+        `to_networkx` take.
     lags : int
         Bins over which a response to a kick is followed.
     frequencies : sequence of float, optional
@@ -88,6 +90,15 @@ def coupling_graph(
     """
     if isinstance(posterior, xr.DataTree) and SESSIONS in posterior.children:
         return _of_sessions(
+            posterior,
+            lags=lags,
+            frequencies=frequencies,
+            edge_prior_sd=edge_prior_sd,
+            edge_prior_probability=edge_prior_probability,
+            rope=rope,
+        )
+    if dynamics_of(posterior).sizes.get("mode") is not None:
+        return _of_modes(
             posterior,
             lags=lags,
             frequencies=frequencies,
@@ -168,6 +179,18 @@ def _of_sessions(posterior: xr.DataTree, **options: Any) -> xr.Dataset:
     return joined.merge(shared, join="outer", combine_attrs="override")
 
 
+def _of_modes(posterior: xr.DataTree, **options: Any) -> xr.Dataset:
+    """The graph of every mode, one beside the other."""
+    modes = np.arange(posterior["posterior"].sizes["mode"])
+    found = [coupling_graph(posterior.isel(mode=k), **options) for k in modes]
+    joined = xr.concat(
+        [graph.drop_vars("mode", errors="ignore") for graph in found],
+        xr.DataArray(modes, dims="mode", name="mode"),
+        combine_attrs="override",
+    )
+    return joined.assign_attrs(unstable_draws=sum(graph.attrs["unstable_draws"] for graph in found))
+
+
 def _frequencies(asked: Sequence[float] | None, bin_width: float) -> np.ndarray:
     highest = 0.5 / bin_width
     if asked is None:
@@ -192,7 +215,8 @@ def _presence(
             chosen = chosen.sel(target=system.regions, source=system.regions)
         presence = chosen.transpose(*EDGE).values.astype(np.int8)
         return presence, presence.mean((0, 1)), "share of the draws that have the edge"
-    if json.loads(posterior.attrs.get("notes", "{}")).get("atoms") == "sampled":
+    kept = _attribute(posterior, "edge_prior", plain=True) == "normal"  # no edge is ever absent, whoever sampled
+    if not kept and json.loads(posterior.attrs.get("notes", "{}")).get("atoms") == "sampled":
         places = system.region_latents
         blocks = [[system.dynamics[..., t[:, None], s] for s in places] for t in places]
         there = np.stack([np.stack([(b != 0.0).any((-2, -1)) for b in row], -1) for row in blocks], -2)

@@ -21,6 +21,11 @@ def checked(graph: xr.Dataset, needed: Sequence[str] = ("strength",)) -> list[st
             f"graph: got {type(graph).__name__} without {', '.join(map(repr, lacking))}; pass what "
             "coupling_graph(posterior) returned"
         )
+    for dim in graph["strength"].dims:
+        if dim not in (*SAMPLE, "target", "source"):
+            raise CouplingError(
+                f"graph: holds {graph.sizes[dim]} graphs, one for each {dim}; pass one of them, graph.isel({dim}=0)"
+            )
     return [str(name) for name in graph["target"].values]
 
 

@@ -108,8 +108,8 @@ def read_places(posterior: xr.DataTree) -> Places:
     return Places(regions, global_name, latents, units)
 
 
-def read_system(posterior: xr.DataTree) -> System:
-    """Regions and draws of a posterior; see `coupling_graph` for what it needs and what is raised."""
+def dynamics_of(posterior: xr.DataTree) -> xr.DataArray:
+    """The dynamics of a posterior that has what `coupling_graph` needs; see there for what is raised."""
     if not isinstance(posterior, xr.DataTree) or "posterior" not in posterior.children:
         raise CouplingError(
             f"posterior: got {type(posterior).__name__} without a group 'posterior'; pass what fit or load returned"
@@ -121,6 +121,18 @@ def read_system(posterior: xr.DataTree) -> System:
             f"posterior: has no {', '.join(map(repr, lacking))} among {', '.join(map(repr, draws.data_vars))}; "
             "coupling is read from linear dynamics (latent, latent_from): fit models.MultiRegionLDS"
         )
+    return draws["dynamics"]
+
+
+def read_system(posterior: xr.DataTree) -> System:
+    """Regions and draws of a posterior; see `coupling_graph` for what it needs and what is raised."""
+    held = dynamics_of(posterior)
+    if "mode" in held.dims:
+        raise CouplingError(
+            f"posterior: its dynamics are those of {held.sizes['mode']} modes, each with a graph of its own; pass one "
+            "of them, posterior.isel(mode=0)"
+        )
+    draws = posterior["posterior"].to_dataset()
     places = read_places(posterior)
     dynamics, noise = (_square(draws, name) for name in ("dynamics", "process_noise"))
     shared = np.zeros_like(noise)

@@ -54,12 +54,15 @@ def untame(dynamics: Tensor, limit: float) -> Tensor:
     return _scaled(dynamics, growth(lagged_radius(dynamics) / limit))
 
 
-def log_tame_jacobian(free: Tensor, limit: float) -> Tensor:
-    """Log Jacobian determinant of `tame`, (*batch)."""
+def log_tame_jacobian(free: Tensor, limit: float, present: Tensor | None = None) -> Tensor:
+    """Log Jacobian determinant of `tame`, (*batch), in the entries that are ``present`` (latent, lag x latent).
+
+    By default in all of them. The others are zero, before and after.
+    """
     latent, width = free.shape[-2:]
-    lags = width // latent
+    lag = (torch.arange(width) // latent + 1).expand(latent, -1)
     # Scaled radially by s = (1 + u^p)^(-1/p), lag by lag in powers of s, and d phi / du = s^(p + 1).
-    powers = 0.5 * lags * (lags + 1) * latent**2
+    powers = int((lag if present is None else lag[present]).sum())
     return -(powers / POWER + 1.0) * torch.log1p((lagged_radius(free) / limit) ** POWER)
 
 

@@ -9,6 +9,7 @@ from pyrodyn.models.lds import LDS
 from pyrodyn.models.lfads import LFADS
 from pyrodyn.models.linear_sde import LinearSDE
 from pyrodyn.models.multi_region_lds import MultiRegionLDS
+from pyrodyn.models.multi_region_switching_lds import MultiRegionSwitchingLDS
 from pyrodyn.models.neural_ode import NeuralODE
 from pyrodyn.models.neural_sde import NeuralSDE
 from pyrodyn.models.replay import Replay, place_fields
@@ -28,6 +29,7 @@ __all__ = [
     "LinearSDE",
     "MarkovPrior",
     "MultiRegionLDS",
+    "MultiRegionSwitchingLDS",
     "NeuralODE",
     "NeuralSDE",
     "Replay",

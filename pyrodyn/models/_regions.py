@@ -20,6 +20,7 @@ from pyrodyn.recording import Recording
 
 if TYPE_CHECKING:
     from pyrodyn.models.multi_region_lds import MultiRegionLDS
+    from pyrodyn.models.multi_region_switching_lds import MultiRegionSwitchingLDS
 
 GLOBAL, LEVEL = "global", "trial level"  # names of what is common to all regions, beside the regions' own
 SPIKE, HORSESHOE = "spike-and-slab", "horseshoe"
@@ -101,15 +102,35 @@ def checked_edges(edges: Any, probability: float) -> tuple[Edge, ...] | None:
     return tuple(found)
 
 
-def regions_of(model: MultiRegionLDS, recording: Recording) -> list[tuple[str, int, Tensor]]:
+def regions_of(model: MultiRegionLDS | MultiRegionSwitchingLDS, recording: Recording) -> list[tuple[str, int, Tensor]]:
     """Name, latents, and positions of the units of every region; the order of ``latent_dim``, or of the recording."""
     dims = model.latent_dim
     pairs = [(name, dims) for name in recording.regions] if isinstance(dims, int) else dims
     return [(n, d, torch.from_numpy((recording.region == n).nonzero()[0])) for n, d in pairs]  # type: ignore[misc]
 
 
+def possible_edges(model: MultiRegionLDS | MultiRegionSwitchingLDS, recording: Recording) -> tuple[Edge, ...]:
+    """The edges that may exist among the regions of a recording."""
+    if model.edges is not None:
+        return model.edges
+    names = [name for name, _, _ in regions_of(model, recording)]
+    return tuple(Edge(s, t, model.edge_probability) for t in names for s in names if s != t)
+
+
 def check(model: MultiRegionLDS, recording: Recording) -> None:
     """Raise an error that says what to do where a model's options do not fit a recording."""
+    check_regions(model, recording)
+    if model.conditions:
+        strange = sorted(set(recording.condition.astype(str).tolist()) - set(model.conditions))
+        if strange:
+            raise ModelError(
+                f"the recording has conditions {strange}, which are not among conditions={model.conditions}"
+            )
+
+
+def check_regions(model: MultiRegionLDS | MultiRegionSwitchingLDS, recording: Recording) -> None:
+    """The part of `check` about regions, edges and bins."""
+    kind = type(model).__name__
     present = list(recording.regions)
     if not isinstance(model.latent_dim, int):
         named = [name for name, _ in model.latent_dim]
@@ -126,8 +147,8 @@ def check(model: MultiRegionLDS, recording: Recording) -> None:
         raise ModelError(f"a region is called {sorted(reserved)}, a name this model uses itself; rename the region")
     if len(present) < 2:
         raise ModelError(
-            f"MultiRegionLDS needs two regions or more, and all units of the recording are in {present}; give the "
-            "recording its regions, Recording.from_arrays(..., region=[...]), or use models.LDS"
+            f"{kind} needs two regions or more, and all units of the recording are in {present}; give the recording "
+            f"its regions, Recording.from_arrays(..., region=[...]), or use models.{kind.removeprefix('MultiRegion')}"
         )
     for name, dim, units in regions_of(model, recording):
         if dim > len(units):
@@ -149,15 +170,9 @@ def check(model: MultiRegionLDS, recording: Recording) -> None:
         )
     if not recording.regular:
         raise ModelError(
-            "MultiRegionLDS steps from bin to bin and needs equally spaced bins, but the recording's time axis is "
-            "irregular; rebin it, or put the gaps into the mask"
+            f"{kind} steps from bin to bin and needs equally spaced bins, but the recording's time axis is irregular; "
+            "rebin it, or put the gaps into the mask"
         )
-    if model.conditions:
-        strange = sorted(set(recording.condition.astype(str).tolist()) - set(model.conditions))
-        if strange:
-            raise ModelError(
-                f"the recording has conditions {strange}, which are not among conditions={model.conditions}"
-            )
 
 
 def _check_activity(recording: Recording, name: str, units: Tensor) -> None:
@@ -226,7 +241,7 @@ def design(model: MultiRegionLDS, recording: Recording) -> Tensor:
 _STARTS: WeakKeyDictionary[Recording, dict[Any, list[LinearStart]]] = WeakKeyDictionary()
 
 
-def starts(model: MultiRegionLDS, recording: Recording) -> list[LinearStart]:
+def starts(model: MultiRegionLDS | MultiRegionSwitchingLDS, recording: Recording) -> list[LinearStart]:
     """A linear model of each region by itself; see `linear_start`."""
     known = _STARTS.setdefault(recording, {})
     key = (model.latent_dim, model.readout)

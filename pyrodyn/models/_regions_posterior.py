@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from pyrodyn.linalg.stationary import (
     block_strength,
@@ -27,33 +29,45 @@ def coordinates(model: MultiRegionLDS, recording: Recording) -> dict[str, Any]:
     layout = model.layout(recording)
     names = [name for name, _, _ in model.regions(recording)]
     common = [GLOBAL] * layout.num_globals + [LEVEL] * layout.level
-    owner = [names[r] for r in layout.group[: layout.regional].tolist()] + common
-    labels = [f"{name}:{owner[:i].count(name)}" for i, name in enumerate(owner)]
+    found = region_coordinates(names, layout.dims, common)
     sources = [*names, *dict.fromkeys(common)] + ["shared"] * bool(model.shared_innovations)
-    return {
-        "latent": labels,
-        "latent_from": labels,
-        "latent_region": ("latent", [GLOBAL if name == LEVEL else name for name in owner]),
-        "regional_latent": labels[: layout.regional],
-        "target": names,
-        "source": names,
+    return found | {
+        "regional_latent": found["latent"][: layout.regional],
         "share_source": sources,
         "condition": list(model.conditions) or ["all"],
     }
 
 
+def region_coordinates(names: Sequence[str], dims: Sequence[int], common: Sequence[str] = ()) -> dict[str, Any]:
+    """Names of latents, and of regions as targets and sources; ``common`` are the latents of no region."""
+    owner = [name for name, dim in zip(names, dims, strict=True) for _ in range(dim)] + list(common)
+    labels = [f"{name}:{owner[:i].count(name)}" for i, name in enumerate(owner)]
+    return {
+        "latent": labels,
+        "latent_from": labels,
+        "latent_region": ("latent", [GLOBAL if name == LEVEL else name for name in owner]),
+        "target": list(names),
+        "source": list(names),
+    }
+
+
 def attributes(model: MultiRegionLDS, recording: Recording) -> dict[str, Any]:
     prior, layout = model.network_prior(recording), model.layout(recording)
-    sd = [[1.0] * layout.num_regions for _ in range(layout.num_regions)]
-    probability = [[1.0] * layout.num_regions for _ in range(layout.num_regions)]
-    matrix = layout.matrix(prior.sd_entry)
-    for i, (target, source) in enumerate(layout.edges):
-        sd[target][source] = float(matrix[layout.places[target].start, layout.places[source].start])
-        probability[target][source] = float(prior.probability[i])
+    found = edge_attributes(layout.edges, layout.matrix(prior.sd_entry), layout.places, prior.probability.tolist())
+    return {"edge_prior": model.edge_prior} | found
+
+
+def edge_attributes(
+    edges: Sequence[tuple[int, int]], sd: Tensor, places: Sequence[slice], probability: Sequence[float]
+) -> dict[str, Any]:
+    """Standard deviation of the entries, from that of all entries (latent, latent), and probability of each edge."""
+    of_entries, of_edges = ([[1.0] * len(places) for _ in places] for _ in range(2))
+    for (target, source), share in zip(edges, probability, strict=True):
+        of_entries[target][source] = float(sd[places[target].start, places[source].start])
+        of_edges[target][source] = float(share)
     return {
-        "edge_prior": model.edge_prior,
-        "edge_prior_sd": json.dumps(sd),
-        "edge_prior_probability": json.dumps(probability),
+        "edge_prior_sd": json.dumps(of_entries),
+        "edge_prior_probability": json.dumps(of_edges),
         "global_name": GLOBAL,
     }
 

@@ -1,4 +1,4 @@
-"""Scales and variances of coupled regions, and what every unit makes of its region's latents."""
+"""Scales and variances of coupled regions."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyrodyn.conditionals.units import draw_coefficients, draw_noise
 from pyrodyn.distributions.horseshoe import HorseshoeNetwork, log_half_cauchy
 from pyrodyn.models._regions import BUMPS, INITIAL, INNOVATION_SD, SIGNAL
 
 if TYPE_CHECKING:
     from pyrodyn.models._regions_sweep import RegionSweep, State
 
-
-NOISE_STEPS = 4  # of the random walk of a unit's noise in a sweep: it mixes slower than all else
 SCALE_STEPS = 8  # of the random walks of a horseshoe's scales in a sweep
 LOCAL_STEP, LEVEL_STEP = 2.0, 0.8  # their widths, in the logarithm
 RESCALE = 2.0  # of the conditional sd of the logarithm of a region's scale: the width of its proposal
@@ -160,44 +157,3 @@ def _weights(sweep: RegionSweep, state: State) -> list[Tensor]:
         state["loading"][:, units][..., place] / sweep.scale[units].unsqueeze(-1)
         for (_, _, units), place in zip(sweep.regions, sweep.layout.places, strict=True)
     ]
-
-
-def draw_units(sweep: RegionSweep, state: State, adapt: bool) -> None:
-    path = state["path"].flatten(1, 2)
-    mask = sweep.recording.mask
-    seen = None if mask is None else mask.flatten(0, 1)
-    values = sweep.seen(state).flatten(1, 2)
-    loading, offset = state["loading"].clone(), state["offset"].clone()
-    rates = []
-    for (_, dim, units), place, r in zip(sweep.regions, sweep.layout.places, range(len(sweep.regions)), strict=True):
-        design = torch.cat([path[..., place], torch.ones_like(path[..., :1])], -1)
-        held = torch.cat([loading[:, units, place], offset[:, units, None]], -1)
-        mean = torch.zeros(1, len(units), dim + 1, dtype=torch.float64)
-        mean[..., -1] = sweep.offset_prior.mean[units]
-        size = state["signal_variance"][:, r, None, None] * sweep.scale[units].square().unsqueeze(-1)
-        precision = torch.cat(
-            [
-                size.reciprocal().expand(-1, -1, dim),
-                sweep.offset_prior.variance[units].reciprocal().expand(len(path), -1).unsqueeze(-1),
-            ],
-            -1,
-        )
-        law = sweep.readout.of_units(units)
-        noise = state["noise"][:, None, units] if "noise" in state else None
-        held, rate = draw_coefficients(
-            law, noise, values[..., units], None if seen is None else seen[:, units], design, held, mean, precision
-        )
-        rates.append(rate)
-        loading[:, units, place], offset[:, units] = held[..., :-1], held[..., -1]
-    state["loading"], state["offset"] = loading, offset
-    state["unit_acceptance"] = torch.cat(rates, -1)
-    if "noise" in state:
-        own = sweep.noisy
-        law, noise = sweep.readout.of_units(own), state["noise"][:, own]
-        predictor = path @ loading[:, own].mT + offset[:, own].unsqueeze(1)
-        values, seen = values[..., own], None if seen is None else seen[:, own]
-        for _ in range(NOISE_STEPS):
-            noise, rate = draw_noise(law, sweep.noise_prior, noise, values, seen, predictor, state["noise_step"])
-            if adapt:
-                state["noise_step"] = state["noise_step"] * (0.3 * (rate - 0.44)).exp()
-        state["noise"] = state["noise"].index_copy(1, own, noise)

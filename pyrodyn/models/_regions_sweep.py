@@ -11,6 +11,7 @@ from torch import Tensor
 from pyrodyn.conditionals.paths import LEAST_CURVATURE, Reference, factors, gaussian_path, settled, turned_path
 from pyrodyn.conditionals.regression import SourceSets
 from pyrodyn.conditionals.surrogate import NetworkProposal, Quadratic
+from pyrodyn.conditionals.units import UnitMoves
 from pyrodyn.conditioning import gaussian_potential
 from pyrodyn.distributions import GaussMarkov, HorseshoeNetwork, NetworkPrior
 from pyrodyn.distributions.loading import gauge_fix
@@ -18,7 +19,7 @@ from pyrodyn.distributions.network import LEVEL_PERSISTENCE
 from pyrodyn.models._regions import MultiRegionParameters
 from pyrodyn.models._regions_network import common_signs, learn, move_network, scatter
 from pyrodyn.models._regions_rows import draw_rows, place_regressors
-from pyrodyn.models._regions_scales import draw_edge_scales, draw_units, draw_variances, rescale
+from pyrodyn.models._regions_scales import draw_edge_scales, draw_variances, rescale
 from pyrodyn.program import global_laws, globals_given
 from pyrodyn.readouts import AffineReadout
 from pyrodyn.recording import Recording
@@ -72,6 +73,8 @@ class RegionSweep:
         name = model.readout.noise_name
         self.noise_prior = None if name is None else laws[name].base_dist
         self.readout, self.noisy = model.readout.bound(recording), model.readout.noisy(recording)
+        windows = [(units, place) for (_, _, units), place in zip(self.regions, self.layout.places, strict=True)]
+        self.units = UnitMoves(self.readout, windows, self.offset_prior, self.noisy, self.noise_prior, recording.mask)
         self.bumps = model.num_bumps(recording)
         self.proposal = NetworkProposal(self.law.slab if isinstance(self.law, HorseshoeNetwork) else self.law)
         place_regressors(self)
@@ -172,8 +175,15 @@ class RegionSweep:
         rescale(self, state)
         draw_variances(self, state)
         draw_edge_scales(self, state)
-        draw_units(self, state, adapt=share < 1.0)
+        self.units.draw(state, self.seen(state), self._loading_variance(state), share < 1.0)
         return state
+
+    def _loading_variance(self, state: State) -> Tensor:
+        """Prior variance of the loadings of every unit, (chain, unit)."""
+        variance = self.scale.square().expand(len(state["loading"]), -1).clone()
+        for r, (_, _, units) in enumerate(self.regions):
+            variance[:, units] *= state["signal_variance"][:, r, None]
+        return variance
 
     def parameters(self, state: State) -> MultiRegionParameters:
         def of_trials(name: str) -> Tensor:

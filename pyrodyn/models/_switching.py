@@ -2,9 +2,9 @@ r"""What models of switching linear dynamics share: the prior of the modes' step
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import pyro
@@ -17,6 +17,7 @@ from pyrodyn.errors import ModelError
 from pyrodyn.linalg.matrix import cholesky
 from pyrodyn.linalg.taming import companion, lagged_radius, log_tame_jacobian, tame, untame
 from pyrodyn.models._modes import mode_contrasts, numbering
+from pyrodyn.models._switching_blocks import Blocks
 from pyrodyn.program import Labelled
 from pyrodyn.recording import Recording
 
@@ -43,25 +44,39 @@ class ModeSteps(NamedTuple):
         return ModeSteps(*parts)
 
 
+class RegionSteps(NamedTuple):
+    """The regression of a region's latents on what enters them: regions are independent given path and modes."""
+
+    place: slice  # of the region's latents
+    rows: Tensor  # (regressor,): which of the regressors of a step
+    mean: Tensor  # (regressor, latent), of the prior
+    sd: Tensor  # (regressor,)
+    degrees: float  # of freedom of the Wishart prior
+
+
 @dataclass(frozen=True)
 class StepPrior:
     r"""Prior of switching steps.
 
     .. math::
         \pi &\sim \mathrm{Dir}(1), \qquad P_j \sim \mathrm{Dir}(\alpha + \kappa e_j), \\
-        A_k &= \mathrm{tame}(\bar A_k), \qquad \bar A_{k,ij} \sim N(a \delta_{ij}, s^2 / D), \qquad
+        A_k &= \mathrm{tame}(\bar A_k), \qquad \bar A_{k,ij} \sim N(a \delta_{ij}, s_{ij}^2), \qquad
         b_k, B_k \sim N(0, s_b^2), \\
-        Q_k^{-1} &\sim \mathrm{Wishart}(D + 2, I / \psi), \qquad \psi \sim \mathrm{Gamma}, \\
+        Q_{k,r}^{-1} &\sim \mathrm{Wishart}(D_r + 2, I / \psi), \qquad \psi \sim \mathrm{Gamma}, \\
         R &= H v, \qquad v \sim N(0, \sigma_R^2), \qquad \sigma_R^2 \sim \mathrm{InverseGamma},
 
     with `tame` scaling a matrix by its spectral radius to one below ``max_radius`` (see `pyrodyn.linalg.taming`): it
     moves stable matrices hardly at all, and no draw of the prior explodes. With lags, entries of lag l have a standard
     deviation l times smaller and mean zero. H has orthonormal columns that sum to zero: of the slopes only differences
-    between modes matter. All modes are exchangeable.
+    between modes matter. All modes are exchangeable. :math:`Q_k` is block-diagonal over regions, and s is
+    :math:`s / \sqrt{D_r}` within region r; between regions see `Blocks`.
 
     Attributes
     ----------
-    modes, latent_dim, lags, num_inputs : int
+    modes : int
+    blocks : Blocks
+        The regions that the latents fall into: one, or several, then with one lag alone.
+    lags, num_inputs : int
     concentration, stickiness : float
         :math:`\alpha` and :math:`\kappa`.
     persistence, dynamics_scale, bias_scale : float
@@ -72,7 +87,7 @@ class StepPrior:
     """
 
     modes: int
-    latent_dim: int
+    blocks: Blocks
     lags: int
     num_inputs: int
     concentration: float
@@ -84,9 +99,13 @@ class StepPrior:
     recurrent: bool
 
     @property
-    def degrees(self) -> float:
-        """Of freedom of the Wishart prior."""
-        return self.latent_dim + EXTRA_DEGREES
+    def latent_dim(self) -> int:
+        return self.blocks.size
+
+    @property
+    def freedom(self) -> float:
+        """Latents times their degrees of freedom, of all regions."""
+        return sum(dim * (dim + EXTRA_DEGREES) for dim in self.blocks.dims)
 
     @property
     def switches(self) -> bool:
@@ -99,36 +118,51 @@ class StepPrior:
         eye = torch.eye(self.modes, dtype=torch.float64)
         return self.concentration + self.stickiness * eye
 
-    @property
+    @cached_property
     def mean(self) -> Tensor:
         """Of the free dynamics, (latent, lag x latent)."""
         return self.persistence * torch.eye(self.latent_dim, self.lags * self.latent_dim, dtype=torch.float64)
 
-    @property
+    @cached_property
     def sd(self) -> Tensor:
-        """Of the free dynamics, (lag x latent)."""
+        """Of the free dynamics, (latent, lag x latent); 0 where there is no edge."""
         lag = torch.arange(self.lags, dtype=torch.float64).repeat_interleave(self.latent_dim) + 1.0
-        return self.dynamics_scale / math.sqrt(self.latent_dim) / lag
+        own = torch.where(self.blocks.within, self.dynamics_scale, 1.0)
+        return (own * self.blocks.scale).repeat(1, self.lags) / lag
 
-    @property
-    def regressor_mean(self) -> Tensor:
-        """Of all coefficients of a step, (regressor, latent)."""
+    def entries(self, dynamics: Tensor) -> Tensor:
+        """What the dynamics (*batch, mode, latent, lag x latent) hold where they may, (*batch, mode, entry)."""
+        return dynamics[..., self.sd > 0.0]
+
+    def from_entries(self, entries: Tensor) -> Tensor:
+        """The inverse of `entries`."""
+        shape = (self.latent_dim, self.lags * self.latent_dim)
+        where = (self.sd > 0.0).flatten().nonzero().squeeze(-1).to(entries.device)
+        flat = entries.new_zeros(*entries.shape[:-1], shape[0] * shape[1])
+        return flat.index_copy(-1, where, entries).unflatten(-1, shape)
+
+    def regressions(self, input_scale: Tensor) -> list[RegionSteps]:
+        """The regressions that the steps of a mode fall into, one for each region; inputs in their own units."""
         rest = torch.zeros(1 + self.num_inputs, self.latent_dim, dtype=torch.float64)
-        return torch.cat([self.mean.mT, rest])
-
-    def regressor_sd(self, input_scale: Tensor) -> Tensor:
-        """Of all coefficients of a step, (regressor,), inputs in their own units."""
+        mean, extra = torch.cat([self.mean.mT, rest]), self.lags * self.latent_dim + torch.arange(len(rest))
         bias = torch.full((1,), self.bias_scale, dtype=torch.float64)
-        return torch.cat([self.sd, bias, self.bias_scale / input_scale[: self.num_inputs]])
+        last = torch.cat([bias, self.bias_scale / input_scale[: self.num_inputs]])
+        found = []
+        for place, dim in zip(self.blocks.places, self.blocks.dims, strict=True):
+            sd = self.sd[place.start]  # the same for all of a region's latents
+            rows = torch.cat([sd.nonzero().squeeze(-1), extra])
+            sd = torch.cat([sd[sd > 0.0], last])
+            found.append(RegionSteps(place, rows, mean[rows, place], sd, dim + EXTRA_DEGREES))
+        return found
 
     def log_normal(self, dynamics: Tensor) -> Tensor:
         """Log density (*batch, mode) of free dynamics, up to a constant."""
-        return -0.5 * ((dynamics - self.mean) / self.sd).square().sum((-2, -1))
+        return -0.5 * (self.entries(dynamics - self.mean) / self.entries(self.sd)).square().sum(-1)
 
     def log_dynamics(self, dynamics: Tensor) -> Tensor:
         """Log prior density (*batch, mode) of dynamics (*batch, mode, latent, lag x latent), up to a constant."""
         free = untame(dynamics, self.max_radius)
-        found = self.log_normal(free) - log_tame_jacobian(free, self.max_radius)
+        found = self.log_normal(free) - log_tame_jacobian(free, self.max_radius, self.sd > 0.0)
         return torch.where(lagged_radius(dynamics) < self.max_radius, found, -torch.inf)
 
     @property
@@ -147,19 +181,25 @@ class StepPrior:
             return pyro.sample(name, law.expand(torch.Size(shape)).to_event(len(shape)))
 
         one = torch.ones(1, dtype=torch.float64, device=device)
-        initial, transition = one, one.unsqueeze(-1)
+        initial = transition = one
         if self.switches:
             initial = pyro.sample("initial", dist.Dirichlet(one.expand(modes)))
             transition = pyro.sample("transition", dist.Dirichlet(self.counts.to(device)).to_event(1))
-        free = normal("free_dynamics", self.mean, self.sd, modes, dim, self.lags * dim)
+        entries = self.entries(self.mean)
+        free = self.from_entries(normal("free_dynamics", entries, self.entries(self.sd), modes, len(entries)))
         bias = normal("bias", 0.0, self.bias_scale, modes, dim)
+        if not self.switches:
+            initial = torch.ones_like(bias[..., 0])
+            transition = initial.unsqueeze(-1)
         gain = None
         if self.num_inputs:
             gain = normal("drive", 0.0, self.bias_scale, modes, dim, self.num_inputs) / recording.input_scale
         shape, rate = (one.squeeze(0) * part for part in SCALE)
         scale = pyro.sample("process_scale", dist.Gamma(shape, rate))
-        law = GaugedLoading(dim, dim, tuple(range(dim)), degrees=self.degrees)
-        root = pyro.sample("precision_root", law.expand((modes,)).to_event(1))
+        roots = []
+        for suffix, own in zip(self.blocks.suffixes, self.blocks.dims, strict=True):
+            law = GaugedLoading(own, own, tuple(range(own)), degrees=own + EXTRA_DEGREES)
+            roots.append(pyro.sample(f"precision_root{suffix}", law.expand((modes,)).to_event(1)))
         recurrence = mode_gain = None
         if self.recurrent and self.switches:
             shape, rate = (one.squeeze(0) * part for part in RECURRENCE)
@@ -170,8 +210,8 @@ class StepPrior:
                 slopes = spread * normal("input_slopes", 0.0, 1.0, modes - 1, self.num_inputs)
                 mode_gain = basis @ slopes / recording.input_scale
         return ModeSteps(
-            initial, transition, tame(free, self.max_radius), bias, process_noise(root, scale), gain, recurrence,
-            mode_gain,
+            initial, transition, tame(free, self.max_radius), bias,
+            self.blocks.diagonal([process_noise(root, scale) for root in roots]), gain, recurrence, mode_gain,
         )  # fmt: skip
 
     def sites(
@@ -181,9 +221,11 @@ class StepPrior:
 
         ``scale`` and ``recurrence_variance`` are the sites ``process_scale`` and ``recurrence_variance``.
         """
-        found = {"free_dynamics": untame(steps.dynamics, self.max_radius), "bias": steps.bias, "process_scale": scale}
-        precision = scale[..., None, None, None] * torch.linalg.inv(steps.process_noise)
-        found["precision_root"] = cholesky(0.5 * (precision + precision.mT))
+        free = self.entries(untame(steps.dynamics, self.max_radius))
+        found = {"free_dynamics": free, "bias": steps.bias, "process_scale": scale}
+        for suffix, place in zip(self.blocks.suffixes, self.blocks.places, strict=True):
+            precision = scale[..., None, None, None] * torch.linalg.inv(steps.process_noise[..., place, place])
+            found[f"precision_root{suffix}"] = cholesky(0.5 * (precision + precision.mT))
         if self.switches:
             found |= {"initial": steps.initial, "transition": steps.transition}
         if steps.input_gain is not None:
@@ -203,8 +245,8 @@ class StepPrior:
             return dict(values)
 
         def told(sites: Mapping[str, Tensor]) -> Tensor:  # (*draw, 1, mode, feature)
-            size = sites["free_dynamics"] / self.sd.to(sites["bias"].device)
-            return torch.cat([size.flatten(-2), sites["bias"] / self.bias_scale], -1)
+            size = sites["free_dynamics"] / self.entries(self.sd).to(sites["bias"].device)
+            return torch.cat([size, sites["bias"] / self.bias_scale], -1)
 
         costs = (told(reference).unsqueeze(-2) - told(values).unsqueeze(-3)).square().sum(-1)
         return self.numbered(values, numbering(costs))
@@ -212,7 +254,8 @@ class StepPrior:
     def numbered(self, values: Mapping[str, Tensor], order: Tensor) -> dict[str, Tensor]:
         """Sites (*draw, 1, *event) with mode ``order[..., k]`` (*draw, 1, mode) as the new mode k."""
         moved = dict(values)
-        for name in ("initial", "transition", "free_dynamics", "bias", "drive", "precision_root"):
+        roots = [f"precision_root{suffix}" for suffix in self.blocks.suffixes]
+        for name in ("initial", "transition", "free_dynamics", "bias", "drive", *roots):
             if name in values:
                 index = order.reshape(*order.shape, *(1,) * (values[name].dim() - order.dim()))
                 moved[name] = values[name].take_along_dim(index, order.dim() - 1)

@@ -28,7 +28,7 @@ class StepMoves:
         self.inside = inside_of(recording)
         self.inputs = recording.inputs if prior.num_inputs else None
         self.input_scale = recording.input_scale if prior.num_inputs else torch.ones(0, dtype=torch.float64)
-        self.regressor_sd = prior.regressor_sd(self.input_scale)
+        self.regressions = prior.regressions(self.input_scale)
 
     def start(self, steps: ModeSteps, sites: dict[str, Tensor], groups: int) -> State:
         """The state (group, ...) at parameters (group, 1, *event), made from ``sites`` (group, *event)."""
@@ -91,7 +91,9 @@ class StepMoves:
         precision = torch.linalg.inv(state["process_noise"])
         parts = [state["dynamics"].mT, state["bias"].unsqueeze(-2)]
         held = torch.cat(parts + ([state["input_gain"].mT] if "input_gain" in state else []), -2)
-        drawn = draw_coefficients(sums, precision, prior.regressor_mean, self.regressor_sd)
+        drawn = torch.zeros_like(held)
+        for place, rows, mean, sd, _ in self.regressions:
+            drawn[..., rows, place] = draw_coefficients(sums.of(rows, place), precision[..., place, place], mean, sd)
         # The prior of the dynamics is not quite normal; where the two differ, a draw may be refused.
         ahead, here = (
             prior.log_dynamics(part[..., :wide, :].mT) - prior.log_normal(part[..., :wide, :].mT)
@@ -104,9 +106,12 @@ class StepMoves:
         state["dynamics"], state["bias"] = held[..., :wide, :].mT, held[..., wide, :]
         if "input_gain" in state:
             state["input_gain"] = held[..., wide + 1 :, :].mT
-        precision = draw_precision(sums, held, state["process_scale"], prior.degrees)
-        state["process_noise"] = torch.linalg.inv(precision)
-        state["process_scale"] = draw_scale(precision, prior.degrees, *SCALE)
+        parts = [
+            draw_precision(sums.of(rows, place), held[..., rows, place], state["process_scale"], degrees)
+            for place, rows, _, _, degrees in self.regressions
+        ]
+        state["process_noise"] = prior.blocks.diagonal([torch.linalg.inv(part) for part in parts])
+        state["process_scale"] = draw_scale(prior.blocks.diagonal(parts), prior.freedom, *SCALE)
 
     def draw_transitions(self, state: State, path: Tensor) -> None:
         """Transition probabilities given modes and path."""

@@ -24,26 +24,21 @@ GOAL = 0.3  # acceptance of a stretch
 
 
 def reshape_latents(sweep: SwitchingSweep, state: State, adapt: bool) -> None:
-    """Random linear maps of the latents, near the identity."""
+    """Random linear maps of every region's latents, near the identity."""
     prior, dim = sweep.prior, sweep.prior.latent_dim
-    chains, trials, modes = len(state["path"]), state["path"].shape[1], prior.modes
+    chains = len(state["path"])
     first = state["path"][:, :, 0]
     second = first.mT @ first  # of the bins whose prior the map changes
     total = torch.eye(dim, dtype=torch.float64).repeat(chains, 1, 1)
     held = {name: state[name] for name in _MOVED if name in state}
     value = _log_prior(sweep, held, state, second)
-    # Powers of |det G| by which the measure grows: first bins, biases and inputs' gains of all modes, their process
-    # noise; and shrinks: loadings, slopes of logits.
-    grows = trials + modes * (1 + prior.num_inputs) + modes * (dim + 1) - state["loading"].shape[1]
-    grows -= (modes - 1) * ("slopes" in state)
-    rates = []
+    within, grows, rates = prior.blocks.within, _growth(sweep, state), []
     for _ in range(STRETCHES):
-        noise = torch.randn(chains, dim, dim, dtype=torch.float64)
-        change = torch.linalg.matrix_exp(state["stretch_step"][:, None, None] * noise)
-        log_det = (state["stretch_step"][:, None, None] * noise).diagonal(dim1=-2, dim2=-1).sum(-1)
+        step = state["stretch_step"][:, None, None] * torch.randn(chains, dim, dim, dtype=torch.float64) * within
+        change, log_det = torch.linalg.matrix_exp(step), step.diagonal(dim1=-2, dim2=-1)
         ahead, ahead_second = _mapped(held, change, dim), change @ second @ change.mT
         gained = _log_prior(sweep, ahead, state, ahead_second)
-        acceptance = torch.nan_to_num(gained - value + grows * log_det, nan=-torch.inf).clamp(max=0.0).exp()
+        acceptance = torch.nan_to_num(gained - value + log_det @ grows, nan=-torch.inf).clamp(max=0.0).exp()
         accepted = torch.rand(chains, dtype=torch.float64) < acceptance
 
         def chosen(new: Tensor, old: Tensor, accepted: Tensor = accepted) -> Tensor:
@@ -62,6 +57,21 @@ def reshape_latents(sweep: SwitchingSweep, state: State, adapt: bool) -> None:
 
 
 _MOVED = ("dynamics", "bias", "process_noise", "input_gain", "loading", "slopes")
+
+
+def _growth(sweep: SwitchingSweep, state: State) -> Tensor:
+    """Powers of every region's :math:`|\\det G_r|` by which the measure grows, written at each of its latents."""
+    prior, trials = sweep.prior, state["path"].shape[1]
+    modes, blocks = prior.modes, prior.blocks
+    grows = torch.empty(prior.latent_dim, dtype=torch.float64)
+    for r, (place, dim, view) in enumerate(zip(blocks.places, blocks.dims, sweep.views, strict=True)):
+        # First bins, biases and inputs' gains of all modes, and their process noise.
+        power = trials + modes * (1 + prior.num_inputs) + modes * (dim + 1)
+        # Less loadings and slopes of logits; blocks into the region grow by its map, and those out of it shrink.
+        power -= len(view.units) + (modes - 1) * ("slopes" in state)
+        power += modes * sum(blocks.dims[source] for target, source in blocks.edges if target == r)
+        grows[place] = power - modes * sum(blocks.dims[target] for target, source in blocks.edges if source == r)
+    return grows
 
 
 def _mapped(held: State, change: Tensor, dim: int) -> State:
@@ -84,7 +94,7 @@ def _mapped(held: State, change: Tensor, dim: int) -> State:
 
 def _log_prior(sweep: SwitchingSweep, held: State, state: State, second: Tensor) -> Tensor:
     """Log prior (chain,) of what a map of the latents moves, and of the first bins with second moments ``second``."""
-    prior, dim = sweep.prior, sweep.prior.latent_dim
+    prior = sweep.prior
     found = prior.log_dynamics(held["dynamics"]).sum(-1)
     found = found - 0.5 * second.diagonal(dim1=-2, dim2=-1).sum(-1)
     found = found - 0.5 * (held["bias"] / prior.bias_scale).square().sum((-2, -1))
@@ -94,10 +104,11 @@ def _log_prior(sweep: SwitchingSweep, held: State, state: State, second: Tensor)
         )
     found = found - 0.5 * (held["loading"] / sweep.loading_scale).square().sum((-2, -1))
     precision = torch.linalg.inv(held["process_noise"])
-    trace = precision.diagonal(dim1=-2, dim2=-1).sum(-1)
-    log_det = torch.linalg.slogdet(held["process_noise"])[1]
-    scaled = state["process_scale"].unsqueeze(-1) * trace
-    found = found - 0.5 * ((prior.degrees + dim + 1.0) * log_det + scaled).sum(-1)
+    trace = precision.diagonal(dim1=-2, dim2=-1).sum((-2, -1))
+    found = found - 0.5 * state["process_scale"] * trace
+    for place, _, _, _, degrees in sweep.moves.regressions:
+        log_det = torch.linalg.slogdet(held["process_noise"][..., place, place])[1]
+        found = found - 0.5 * (degrees + place.stop - place.start + 1.0) * log_det.sum(-1)
     if "slopes" in held:
         found = found - 0.5 * held["slopes"].square().sum((-2, -1)) / state["recurrence_variance"]
     return found

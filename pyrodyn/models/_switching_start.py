@@ -9,7 +9,7 @@ Reference: Ghahramani & Hinton, Neural Comput. 12:831 (2000).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -24,10 +24,13 @@ from pyrodyn.conditionals.units import draw_coefficients
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.linalg import mode_log_normaliser
 from pyrodyn.linalg.taming import lagged_radius
-from pyrodyn.models._startup import linear_start
 from pyrodyn.models._switching import RECURRENCE, SCALE, ModeSteps, StepPrior, inside_of, rotated
-from pyrodyn.readouts import AffineReadout, Readout
+from pyrodyn.readouts import AffineReadout
 from pyrodyn.recording import Recording
+
+if TYPE_CHECKING:
+    from pyrodyn.models._switching_blocks import View
+    from pyrodyn.models._switching_model import SwitchingModel
 
 STARTS = 12  # clusterings
 VELOCITIES = (0.0, 1.0, 3.0, 1.0)  # weights of velocity beside place, in turn
@@ -76,14 +79,14 @@ class Fit:
 _STARTS: WeakKeyDictionary[Recording, dict] = WeakKeyDictionary()
 
 
-def latent_start(prior: StepPrior, readout: Readout, recording: Recording) -> Fit:
+def latent_start(model: SwitchingModel, recording: Recording) -> Fit:
     """The best of several starts with a latent path; computed once for a recording."""
     known = _STARTS.setdefault(recording, {})
-    if (prior, readout) not in known:
+    if model not in known:
         with torch.random.fork_rng(devices=()), torch.no_grad():
             torch.manual_seed(0)
-            known[prior, readout] = _latent(prior, readout, recording)
-    return known[prior, readout]
+            known[model] = _latent(model, recording)
+    return known[model]
 
 
 def observed_start(prior: StepPrior, path: Tensor, recording: Recording) -> Fit:
@@ -93,11 +96,12 @@ def observed_start(prior: StepPrior, path: Tensor, recording: Recording) -> Fit:
         return _best(_on_path(prior, path, recording, SEEN_ROUNDS + LAST_ROUNDS), 1)
 
 
-def _latent(prior: StepPrior, readout: Readout, recording: Recording) -> Fit:
+def _latent(model: SwitchingModel, recording: Recording) -> Fit:
+    prior = model.step_prior(recording)
     one = replace(prior, modes=1)
-    fit = _linear(one, readout, recording)
+    fit = _linear(one, model, recording)
     for _ in range(LINEAR_ROUNDS):
-        fit = _round(one, readout, recording, fit)
+        fit = _round(one, model, recording, fit)
     if prior.switches:
         linear = fit
         fits = _on_path(prior, linear.path[0], recording, SEEN_ROUNDS)
@@ -105,29 +109,33 @@ def _latent(prior: StepPrior, readout: Readout, recording: Recording) -> Fit:
         index = torch.zeros(len(fit.bound), dtype=torch.long)
         fit = replace(fit, seen=linear.take(index).seen)
         for _ in range(ROUNDS):
-            fit = _round(prior, readout, recording, fit)
+            fit = _round(prior, model, recording, fit)
         fit = _best(fit, 1)
     for _ in range(LAST_ROUNDS):
-        fit = _round(prior, readout, recording, fit)
+        fit = _round(prior, model, recording, fit)
     return fit
 
 
-def _linear(one: StepPrior, readout: Readout, recording: Recording) -> Fit:
-    """One mode, by covariances at two lags."""
-    start = linear_start(recording, one.latent_dim, readout)
-    dim = one.latent_dim
-    eye = torch.eye(dim, dtype=torch.float64)
-    loading = readout.signal_scale(recording).unsqueeze(-1) * start.loading
-    values = readout.initial_values(recording)
-    noise = None if readout.noise_name is None else values[readout.noise_name]
-    if readout.is_gaussian:
-        noise = recording.scale * start.residual.sqrt()
+def _linear(one: StepPrior, model: SwitchingModel, recording: Recording) -> Fit:
+    """One mode, by covariances at two lags, every region by itself."""
+    dim, views, starts = one.latent_dim, model.views(recording), model.starts(recording)
+    dynamics = one.blocks.diagonal([start.dynamics for start in starts])
+    scale, values = model.readout.signal_scale(recording), model.readout.initial_values(recording)
+    loading = torch.zeros(recording.num_units, dim, dtype=torch.float64)
+    noise = None if model.readout.noise_name is None else torch.ones(recording.num_units, dtype=torch.float64)
+    if noise is not None:
+        noise[model.readout.noisy(recording)] = values[str(model.readout.noise_name)]
+    for view, start in zip(views, starts, strict=True):
+        loading[view.units, view.place] = scale[view.units].unsqueeze(-1) * start.loading
+        if view.readout.is_gaussian:
+            assert noise is not None
+            noise[view.units] = recording.scale[view.units] * start.residual.sqrt()
     steps = ModeSteps(
         torch.ones(1, 1, 1, dtype=torch.float64),
         torch.ones(1, 1, 1, 1, dtype=torch.float64),
-        start.dynamics[None, None, None],
+        dynamics[None, None, None],
         torch.zeros(1, 1, 1, dim, dtype=torch.float64),
-        (eye - start.dynamics @ start.dynamics.mT)[None, None, None],
+        (torch.eye(dim, dtype=torch.float64) - dynamics @ dynamics.mT)[None, None, None],
         None if not one.num_inputs else torch.zeros(1, 1, 1, dim, one.num_inputs, dtype=torch.float64),
         None,
         None,
@@ -200,52 +208,77 @@ def _best(fit: Fit, count: int) -> Fit:
 # ---------------------------------------------------------------------------------------------- a path that is not
 
 
-def _round(prior: StepPrior, readout: Readout, recording: Recording, fit: Fit) -> Fit:
+def _round(prior: StepPrior, model: SwitchingModel, recording: Recording, fit: Fit) -> Fit:
     """One round of variational EM."""
     assert fit.seen is not None
-    law = prior.path(fit.steps, recording)
-    read = AffineReadout(readout, fit.path, fit.seen.loading, fit.seen.offset, fit.seen.noise, recording.mask)
+    law, of_units = prior.path(fit.steps, recording), model.readout.bound(recording)
+    read = AffineReadout(of_units, fit.path, fit.seen.loading, fit.seen.offset, fit.seen.noise, recording.mask)
     found = expect(law, read, recording.values.unsqueeze(0), fit.weight)
     sums = step_sums(
         found.chain.mean, found.weight * inside_of(recording).unsqueeze(-1), 1, recording.inputs, found.chain
     )
     precision = torch.linalg.inv(fit.steps.process_noise.squeeze(1))
     steps, scale, _ = _maximise(prior, sums, found.weight, found.pairs.sum(1), precision, fit.scale, recording)
-    seen = _read(readout, recording, found.chain, fit.seen, prior.latent_dim)
+    seen = _read(model, recording, found.chain, fit.seen)
     return Fit(steps, scale, found.weight, found.chain.mean, found.bound.sum(-1), seen)
 
 
-def _read(readout: Readout, recording: Recording, chain: GaussMarkov, seen: Seen, dim: int) -> Seen:
+def _read(model: SwitchingModel, recording: Recording, chain: GaussMarkov, seen: Seen) -> Seen:
     """Loadings, offsets and Gaussian noise given the law of the path."""
-    size = readout.signal_scale(recording).square() / dim
-    spread = 3.0 if not readout.is_gaussian else recording.scale
-    weight = torch.cat([size.reciprocal().unsqueeze(-1).expand(-1, dim), (size * 0 + spread).pow(-2).unsqueeze(-1)], -1)
-    values = recording.values.flatten(0, 1)
-    mask = None if recording.mask is None else recording.mask.flatten(0, 1)
-    if not readout.is_gaussian:
-        path = chain.draw(torch.randn_like(chain.mean)).flatten(1, 2)
-        design = torch.cat([path, torch.ones_like(path[..., :1])], -1)
-        held = torch.cat([seen.loading, seen.offset.unsqueeze(-1)], -1).squeeze(1)
-        mean = torch.zeros_like(held[:1])
-        mean[..., -1] = readout.initial_values(recording)["offset"]
-        drawn, _ = draw_coefficients(readout, seen.noise, values, mask, design, held, mean, weight)
-        return Seen(drawn[..., :-1].unsqueeze(1), drawn[..., -1].unsqueeze(1), seen.noise)
-    centred = values - recording.center
-    observed = torch.ones_like(values) if mask is None else mask.to(values.dtype)
-    centred = centred * observed
-    path = chain.mean.flatten(1, 2)
+    views = model.views(recording)
+    path = None if model.readout.is_gaussian else chain.draw(torch.randn_like(chain.mean)).flatten(1, 2)
+    loading, offset = torch.zeros_like(seen.loading), torch.zeros_like(seen.offset)
+    noise = None if seen.noise is None else seen.noise.clone()
+    level = model.readout.initial_values(recording)["offset"]
+    size = model.loading_scale(recording).square()
+    for view in views:
+        units, place = view.units, view.place
+        dim = place.stop - place.start
+        spread = recording.scale[units] if view.readout.is_gaussian else torch.full_like(size[units, 0], 3.0)
+        weight = torch.cat([size[units].reciprocal().expand(-1, dim), spread.pow(-2).unsqueeze(-1)], -1)
+        held = torch.cat([seen.loading[..., units, place], seen.offset[..., units].unsqueeze(-1)], -1).squeeze(1)
+        own = None if noise is None else noise[..., units]
+        if view.readout.is_gaussian:
+            assert noise is not None and own is not None
+            found, noise[..., units] = _read_gaussian(view, recording, chain, weight, own)
+        else:
+            assert path is not None
+            values = recording.values[..., units].flatten(0, 1)
+            mask = None if recording.mask is None else recording.mask[..., units].flatten(0, 1)
+            design = torch.cat([path[..., place], torch.ones_like(path[..., :1])], -1)
+            mean = torch.zeros_like(held[:1])
+            mean[..., -1] = level[units]
+            found, _ = draw_coefficients(view.readout, own, values, mask, design, held, mean, weight)
+        loading[..., units, place], offset[..., units] = found[..., :-1].unsqueeze(1), found[..., -1].unsqueeze(1)
+    return Seen(loading, offset, noise)
+
+
+def _read_gaussian(
+    view: View, recording: Recording, chain: GaussMarkov, weight: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Loadings and offsets (start, unit, latent + 1), and noise (start, 1, unit), of the units of a view.
+
+    ``weight`` (unit, latent + 1) is the precision of their normal prior, ``noise`` (start, 1, unit) what it was.
+    """
+    units, place = view.units, view.place
+    dim, centre = place.stop - place.start, recording.center[units]
+    values = recording.values[..., units].flatten(0, 1)
+    observed = torch.ones_like(values)
+    if recording.mask is not None:
+        observed = recording.mask[..., units].flatten(0, 1).to(values.dtype)
+    centred = (values - centre) * observed
+    path = chain.mean[..., place].flatten(1, 2)
     design = torch.cat([path, torch.ones_like(path[..., :1])], -1)
     pairs = design.unsqueeze(-1) * design.unsqueeze(-2)
-    pairs[..., :dim, :dim] += chain.covariance.flatten(1, 2)
+    pairs[..., :dim, :dim] += chain.covariance[..., place, place].flatten(1, 2)
     gram = (observed.mT @ pairs.flatten(-2)).unflatten(-1, pairs.shape[-2:])
     cross = centred.mT @ design
-    assert seen.noise is not None
-    penalty = torch.diag_embed(weight) * seen.noise.squeeze(1).square()[..., None, None]
+    penalty = torch.diag_embed(weight) * noise.squeeze(1).square()[..., None, None]
     found = torch.linalg.solve(gram + penalty, cross.unsqueeze(-1)).squeeze(-1)
     left = centred.square().sum(0) - (found * (2.0 * cross - (gram @ found.unsqueeze(-1)).squeeze(-1))).sum(-1)
-    count = observed.sum(0)
-    noise = ((left + 0.05 * recording.scale.square()) / (count + 1.0)).clamp(min=1e-12).sqrt()
-    return Seen(found[..., :-1].unsqueeze(1), (found[..., -1] + recording.center).unsqueeze(1), noise.unsqueeze(1))
+    left = left + 0.05 * recording.scale[units].square()
+    noise = (left / (observed.sum(0) + 1.0)).clamp(min=1e-12).sqrt()
+    return torch.cat([found[..., :-1], (found[..., -1] + centre).unsqueeze(-1)], -1), noise.unsqueeze(1)
 
 
 # ---------------------------------------------------------------------------------------------- parts of a round
@@ -262,7 +295,11 @@ def _maximise(
 ) -> tuple[ModeSteps, Tensor, Tensor]:
     """Steps (start, 1, ...) near their posterior mode given expected sums, with psi and the modes' precisions."""
     dim, wide = prior.latent_dim, prior.lags * prior.latent_dim
-    found, _ = coefficient_posterior(sums, precision, prior.regressor_mean, prior.regressor_sd(_input_scale(recording)))
+    found = torch.zeros_like(sums.cross)
+    regressions = prior.regressions(_input_scale(recording))
+    for place, rows, mean, sd, _ in regressions:
+        own = precision[..., place, place]
+        found[..., rows, place], _ = coefficient_posterior(sums.of(rows, place), own, mean, sd)
     dynamics = found[..., :wide, :].mT
     most = MOST_RADIUS * prior.max_radius
     over = (lagged_radius(dynamics) / most).clamp(min=1.0)
@@ -271,8 +308,12 @@ def _maximise(
     dynamics = dynamics * over[..., None, None].reciprocal() ** lag
     found = torch.cat([dynamics.mT, found[..., wide:, :]], -2)
     total = scale[:, None, None, None] * torch.eye(dim, dtype=torch.float64) + sums.residual(found)
-    precision = (prior.degrees + sums.count)[..., None, None] * torch.linalg.inv(0.5 * (total + total.mT))
-    freedom = SCALE[0] + 0.5 * prior.modes * dim * prior.degrees
+    parts = [
+        (degrees + sums.count)[..., None, None] * torch.linalg.inv(0.5 * (total + total.mT)[..., place, place])
+        for place, _, _, _, degrees in regressions
+    ]
+    precision = prior.blocks.diagonal(parts)
+    freedom = SCALE[0] + 0.5 * prior.modes * prior.freedom
     scale = freedom / (SCALE[1] + 0.5 * precision.diagonal(dim1=-2, dim2=-1).sum((-2, -1)))
     rows = prior.counts + pairs
     first = 1.0 + weight[:, :, 0].sum(1)

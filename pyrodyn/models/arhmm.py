@@ -26,6 +26,7 @@ from pyrodyn.models._switching import (
     permuted,
     step_labels,
 )
+from pyrodyn.models._switching_blocks import Blocks
 from pyrodyn.models._switching_moves import State, StepMoves
 from pyrodyn.models._switching_start import initial_sites, observed_start
 from pyrodyn.program import OBSERVATION_DIMS, IntegratedModel, Labelled, globals_given
@@ -110,8 +111,8 @@ class ARHMM(IntegratedModel):
     def step_prior(self, recording: Recording) -> StepPrior:
         """Prior of the steps of the observations."""
         return StepPrior(
-            self.num_modes, recording.num_units, self.lags, recording.num_inputs, self.concentration, self.stickiness,
-            self.persistence, self.dynamics_scale, self.bias_scale, self.max_radius, self.recurrent,
+            self.num_modes, Blocks.undivided(recording.num_units), self.lags, recording.num_inputs, self.concentration,
+            self.stickiness, self.persistence, self.dynamics_scale, self.bias_scale, self.max_radius, self.recurrent,
         )  # fmt: skip
 
     def sample_globals(self, recording: Recording) -> ModeSteps:

@@ -195,10 +195,7 @@ class MultiRegionLDS(StateSpaceModel):
 
     def possible_edges(self, recording: Recording) -> tuple[Edge, ...]:
         """The edges that may exist among the regions of a recording."""
-        if self.edges is not None:
-            return self.edges
-        names = [name for name, _, _ in self.regions(recording)]
-        return tuple(Edge(s, t, self.edge_probability) for t in names for s in names if s != t)
+        return _regions.possible_edges(self, recording)
 
     def network_prior(self, recording: Recording) -> NetworkPrior | HorseshoeNetwork:
         """Prior of the dynamics."""

@@ -20,7 +20,7 @@ from pyrodyn.linalg.matrix import below_diagonal, precision_of, strictly_lower
 from pyrodyn.models._anchor import anchor
 from pyrodyn.models._flow import INITIAL_SD, FlowModel, FlowParameters
 from pyrodyn.models.linear_sde import LinearSDE
-from pyrodyn.program import Labelled, globals_given
+from pyrodyn.program import Labelled, draws_of, globals_given
 from pyrodyn.readouts import AffineReadout
 from pyrodyn.recording import Recording
 from pyrodyn.smoothing import Diffusion, Target, gauss_hermite, settled
@@ -146,13 +146,9 @@ class NeuralSDE(FlowModel, DiffusionModel):
             return {"latent": wide.expand(torch.Size((*wide.batch_shape[:-1], recording.num_trials))).sample()}
         rule = gauss_hermite(self.latent_dim, LOCAL_NODES)
         # One draw from afar, the others from its law: laws of different draws lie close together.
-        near = settled(self.target(_draws(parameters, slice(0, 1)), recording), rule, FIRST_STEPS)
+        near = settled(self.target(draws_of(parameters, slice(0, 1)), recording), rule, FIRST_STEPS)
         paths = []
         for start in range(0, len(parameters.loading), DRAWS_AT_ONCE):
-            target = self.target(_draws(parameters, slice(start, start + DRAWS_AT_ONCE)), recording)
+            target = self.target(draws_of(parameters, slice(start, start + DRAWS_AT_ONCE)), recording)
             paths.append(settled(target, rule, LATER_STEPS, near).sample())
         return {"latent": torch.cat(paths)}
-
-
-def _draws(parameters: FlowParameters, which: slice) -> FlowParameters:
-    return FlowParameters._make(None if part is None else part[which] for part in parameters)

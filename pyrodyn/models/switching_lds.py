@@ -2,61 +2,21 @@ r"""Switching linear dynamics: a latent path whose dynamics change with a hidden
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
 
-import numpy as np
-import pyro
 import torch
-from torch import Tensor
 
-from pyrodyn.distributions import GaugedLoading, SwitchingPath
-from pyrodyn.distributions.loading import gauge_fix
 from pyrodyn.errors import ModelError
-from pyrodyn.models._startup import linear_start
-from pyrodyn.models._switching import (
-    ModeSteps,
-    StepPrior,
-    check_modes,
-    check_options,
-    mode_summaries,
-    permuted,
-    rotated,
-    step_labels,
-)
-from pyrodyn.models._switching_start import initial_sites, latent_start
-from pyrodyn.models._switching_sweep import SwitchingSweep
-from pyrodyn.models._symmetry import rotation
-from pyrodyn.program import Labelled, StateSpaceModel
-from pyrodyn.readouts import AffineReadout, Poisson, Readout
+from pyrodyn.models._startup import LinearStart, linear_start
+from pyrodyn.models._switching import StepPrior, check_modes, check_options
+from pyrodyn.models._switching_blocks import Blocks, View
+from pyrodyn.models._switching_model import SwitchingModel
+from pyrodyn.readouts import Poisson, Readout
 from pyrodyn.recording import Recording
 
 
-class SwitchingLDSParameters(NamedTuple):
-    """Global parameters, each (*draw, 1, *event) or (*event); the first are `ModeSteps`."""
-
-    initial: Tensor  # (mode)
-    transition: Tensor  # (mode, mode_to): rows sum to one
-    dynamics: Tensor  # (mode, latent, latent)
-    bias: Tensor  # (mode, latent)
-    process_noise: Tensor  # (mode, latent, latent), covariances
-    input_gain: Tensor | None  # (mode, latent, input)
-    recurrence: Tensor | None  # (mode, latent)
-    mode_gain: Tensor | None  # (mode, input)
-    loading: Tensor  # (unit, latent)
-    offset: Tensor  # (unit)
-    noise: Tensor | None  # (unit): the readout's own parameter
-
-    @property
-    def steps(self) -> ModeSteps:
-        parts: Any = self[: len(ModeSteps._fields)]
-        return ModeSteps(*parts)
-
-
 @dataclass(frozen=True)
-class SwitchingLDS(StateSpaceModel):
+class SwitchingLDS(SwitchingModel):
     r"""Switching linear dynamical system with any readout; with ``recurrent``, modes that depend on the state.
 
     .. math::
@@ -121,109 +81,15 @@ class SwitchingLDS(StateSpaceModel):
         check_modes(self, recording, 1)
         self.readout.check(recording)
 
-    # ------------------------------------------------------------------------------------------ the program
-
     def step_prior(self, recording: Recording) -> StepPrior:
-        """Prior of the steps of the path."""
         return StepPrior(
-            self.num_modes, self.latent_dim, 1, recording.num_inputs, self.concentration, self.stickiness,
-            self.persistence, self.dynamics_scale, self.bias_scale, self.max_radius, self.recurrent,
+            self.num_modes, Blocks.undivided(self.latent_dim), 1, recording.num_inputs, self.concentration,
+            self.stickiness, self.persistence, self.dynamics_scale, self.bias_scale, self.max_radius, self.recurrent,
         )  # fmt: skip
 
-    def loading_scale(self, recording: Recording) -> Tensor:
-        """Prior standard deviation of a unit's loadings, (unit, 1)."""
-        return (self.readout.signal_scale(recording) / math.sqrt(self.latent_dim)).unsqueeze(-1)
+    def views(self, recording: Recording) -> list[View]:
+        units, (start,) = torch.arange(recording.num_units), self.starts(recording)
+        return [View(units, slice(0, self.latent_dim), self.readout, start.pivots)]
 
-    def sample_globals(self, recording: Recording) -> SwitchingLDSParameters:
-        steps = self.step_prior(recording).sample(recording)
-        weights = pyro.sample("weights", GaugedLoading(recording.num_units, self.latent_dim, self.pivots(recording)))
-        offset = self.readout.sample_offset(recording)
-        noise = self.readout.sample_noise(recording)
-        loading = self.loading_scale(recording) * weights
-        return SwitchingLDSParameters(**steps._asdict(), loading=loading, offset=offset, noise=noise)
-
-    def latent_path(self, parameters: SwitchingLDSParameters, recording: Recording) -> SwitchingPath:
-        return self.step_prior(recording).path(parameters.steps, recording)
-
-    def readout_law(self, parameters: SwitchingLDSParameters, path: Tensor, recording: Recording) -> AffineReadout:
-        return AffineReadout(
-            self.readout, path, parameters.loading, parameters.offset, parameters.noise, recording.mask
-        )
-
-    def pivots(self, recording: Recording) -> tuple[int, ...]:
-        """The units whose loading rows fix the rotation; depends on the recording alone."""
-        return linear_start(recording, self.latent_dim, self.readout).pivots
-
-    def latents(
-        self, parameters: SwitchingLDSParameters, local: Mapping[str, Tensor], recording: Recording
-    ) -> Labelled:
-        path = local["latent"]
-        modes = local.get("mode")
-        if modes is None:
-            modes = self.latent_path(parameters, recording).sample_modes(path)
-        return {"path": (("trial", "time", "latent"), path), "mode_path": (("trial", "time"), modes)}
-
-    def initial_values(self, recording: Recording) -> dict[str, Tensor]:
-        fit = latent_start(self.step_prior(recording), self.readout, recording)
-        assert fit.seen is not None
-        weights, turn = gauge_fix(fit.seen.loading[0, 0] / self.loading_scale(recording), self.pivots(recording))
-        values = initial_sites(self.step_prior(recording), fit, recording, turn)
-        values |= {"weights": weights, "offset": fit.seen.offset[0, 0]}
-        if fit.seen.noise is not None:
-            values[str(self.readout.noise_name)] = fit.seen.noise[0, 0]
-        return {name: value.to(recording.device) for name, value in values.items()}
-
-    def conditionals(self, recording: Recording, observations: Tensor | None = None) -> SwitchingSweep:
-        """What `inference.Gibbs` draws from."""
-        return SwitchingSweep(self, recording, observations)
-
-    # ------------------------------------------------------------------------------------------ the posterior
-
-    def coordinates(self, recording: Recording) -> dict[str, Any]:
-        return {"mode": np.arange(self.num_modes), "mode_to": np.arange(self.num_modes)}
-
-    def label(self, parameters: SwitchingLDSParameters) -> Labelled:
-        labelled = step_labels(parameters.steps, "latent")
-        labelled |= {"loading": (("unit", "latent"), parameters.loading), "offset": (("unit",), parameters.offset)}
-        if self.readout.noise_name is not None:
-            assert parameters.noise is not None
-            labelled[self.readout.noise_name] = (("unit",), parameters.noise)
-        return labelled
-
-    def unlabel(self, values: Mapping[str, Tensor]) -> SwitchingLDSParameters:
-        noise = None if self.readout.noise_name is None else values[self.readout.noise_name]
-        held: Any = {name: values.get(name) for name in SwitchingLDSParameters._fields} | {"noise": noise}
-        return SwitchingLDSParameters(**held)
-
-    def invariants(self, parameters: SwitchingLDSParameters) -> Labelled:
-        loading = parameters.loading
-        found = mode_summaries(parameters.steps, loading)
-        found |= {"signal_sd": (("unit",), loading.square().sum(-1).sqrt()), "offset": (("unit",), parameters.offset)}
-        if self.readout.noise_name is not None:
-            assert parameters.noise is not None
-            found[self.readout.noise_name] = (("unit",), parameters.noise)
-        return found
-
-    def transformed(
-        self, parameters: SwitchingLDSParameters, recording: Recording, seed: int
-    ) -> SwitchingLDSParameters:
-        """Turn the latent space by a random orthogonal matrix, and number the modes anew."""
-        order, turn = self.symmetry(seed)
-        steps = rotated(permuted(parameters.steps, order), turn)
-        return parameters._replace(loading=parameters.loading @ turn, **steps._asdict())
-
-    def symmetry(self, seed: int) -> tuple[Tensor, Tensor]:
-        """A random numbering of the modes, (mode,), and a random turn of the latents, (latent, latent)."""
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(self.num_modes, generator=generator)
-        return order, rotation(self.latent_dim, generator)
-
-    def log_copies(self, recording: Recording) -> float:
-        """Modes may be numbered in any order."""
-        return math.lgamma(self.num_modes + 1)
-
-    def nearest_copy(
-        self, values: Mapping[str, Tensor], reference: Mapping[str, Tensor], recording: Recording
-    ) -> dict[str, Tensor]:
-        """Modes numbered such that their dynamics and biases lie nearest to those of the reference."""
-        return self.step_prior(recording).nearest(values, reference)
+    def starts(self, recording: Recording) -> list[LinearStart]:
+        return [linear_start(recording, self.latent_dim, self.readout)]
