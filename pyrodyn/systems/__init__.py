@@ -8,7 +8,7 @@ from pyrodyn.systems.flows import arneodo, lorenz, rossler
 from pyrodyn.systems.networks import chaotic_rnn, pulsed_rnn
 from pyrodyn.systems.regions import coupled_regions, feedback_loop, uncoupled_regions
 from pyrodyn.systems.stochastic import duffing, linear_spiral, van_der_pol
-from pyrodyn.systems.switching import nascar, switching_rotations
+from pyrodyn.systems.switching import nascar, switching_rotations, switching_routes
 from pyrodyn.systems.system import System
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "rossler",
     "shuffle_trials",
     "switching_rotations",
+    "switching_routes",
     "uncoupled_regions",
     "van_der_pol",
 ]

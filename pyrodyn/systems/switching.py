@@ -1,4 +1,4 @@
-r"""Systems that switch between linear dynamics: a race track, and rotations read out by spiking units."""
+r"""Systems that switch between linear dynamics: a race track, rotations seen through spikes, and routes of regions."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import numpy as np
 import xarray as xr
 
 from pyrodyn.recording import Recording
+from pyrodyn.systems._linear import Regions
 from pyrodyn.systems.system import System, number, whole
 
 TURN_CENTRES = (2.0, -2.0)  # on the first axis: where the bends of the track lie
 SPEEDS = (0.1, -0.25)  # along the straights, a bin
+RADIUS, TURN = 0.9, 0.15  # of the rotation within a region, and radians a bin
 SHARP, SOFT = 100.0, 10.0  # slopes of the logits that tell bends from straights, and one straight from the other
 
 
@@ -156,17 +158,111 @@ def switching_rotations(
             step = np.einsum("bij,bj->bi", dynamics[mode], state) + bias[mode]
             state = step + process_sd * rng.standard_normal(state.shape)
         latents[:, t], chosen[:, t] = state, mode
-    loading = rng.standard_normal((units, 2))
-    seen = latents - latents.mean((0, 1))
-    loading *= modulation / np.sqrt(np.square(seen @ loading.T).mean((0, 1)))[:, None]
-    offset = np.log(mean_count) - np.log(np.exp(latents @ loading.T).mean((0, 1)))
-    rates = np.exp(latents @ loading.T + offset)
+    loading, offset, rates = _log_rates(latents, rng.standard_normal((units, 2)), mean_count, modulation)
     recording = Recording.from_arrays(
         rng.poisson(rates), bin_width=bin_width, counts=True, unit=range(units), session="switching_rotations"
     )
     options = {"system": "switching_rotations", "dwell": dwell, "process_sd": process_sd, "seed": seed}
     extra = {"rates": (("trial", "time", "unit"), rates, {"units": "events a bin"})}
     return System(recording, _truth(recording, chosen, latents, dynamics, bias, loading, offset, extra, options))
+
+
+def switching_routes(
+    *,
+    regions: int = 2,
+    units: int = 30,
+    trials: int = 10,
+    bins: int = 500,
+    dwell: float = 50.0,
+    coupling: float = 0.5,
+    mean_count: float = 0.5,
+    modulation: float = 0.6,
+    process_sd: float = 0.3,
+    bin_width: float = 0.02,
+    seed: int = 0,
+) -> System:
+    r"""Regions in a row that drive each other forwards in one mode and backwards in the other, read out by spikes.
+
+    .. math:: x^r_t = A_{rr} x^r_{t-1} + A^{z_t}_{rs} x^s_{t-1} + \epsilon^r_t, \qquad
+        s = r - 1 \text{ in mode 0}, \quad s = r + 1 \text{ in mode 1}, \qquad
+        y_{nt} \sim \mathrm{Poisson}(\exp(c_n^\top x^r_t + d_n)) .
+
+    Within every region :math:`A_{rr} = .9 \, \mathrm{Rot}(.15)`, in both modes: these differ in nothing but their
+    routes. Neither has a loop, so that the spectral radius is .9. Modes last ``dwell`` bins on average.
+
+    Parameters
+    ----------
+    regions, units, trials, bins : numbers of regions, of units in each, of trials and of bins; two latents a region
+    dwell : mean number of bins that a mode lasts
+    coupling : Frobenius norm of the block :math:`A_{rs}` of an edge; its entries are iid normal before
+    mean_count : mean number of events of a unit in a bin, the average over bins
+    modulation : root mean square of the log rate's variation in every unit
+    process_sd : standard deviation of :math:`\epsilon`
+    bin_width : seconds
+    seed : every part of the system follows from it
+
+    Returns
+    -------
+    System
+        Its truth holds what that of `switching_rotations` does, and ``adjacency`` and ``strength`` (mode, target,
+        source), as `coupled_regions` has them, of each mode as if it went on for ever.
+
+    Raises
+    ------
+    ValueError
+        For an option out of its range.
+    """
+    for name, value, least in (("regions", regions, 2), ("units", units, 2), ("trials", trials, 1), ("bins", bins, 2)):
+        whole(name, value, least)
+    number("dwell", dwell, above=1.0)
+    number("coupling", coupling, least=0.0)
+    for name, value in (("mean_count", mean_count), ("modulation", modulation), ("process_sd", process_sd)):
+        number(name, value, above=0.0)
+    rng = np.random.default_rng([seed, 3])
+    names, owner = [f"R{r + 1}" for r in range(regions)], np.repeat(np.arange(regions), 2)
+    adjacency = np.stack([np.eye(regions, k=-1), np.eye(regions, k=1)]).astype(bool)
+    dynamics = np.tile(np.kron(np.eye(regions), RADIUS * _rotation(TURN)), (2, 1, 1))
+    for mode, target, source in np.argwhere(adjacency):
+        block = rng.standard_normal((2, 2))
+        place = np.ix_([mode], owner == target, owner == source)
+        dynamics[place] = block * coupling / np.linalg.norm(block)
+    noise = {"own": process_sd**2 * np.eye(2 * regions)}
+    strength = [Regions(names, owner, adjacency[k], dynamics[k : k + 1], noise).strength() for k in range(2)]
+    latents, modes = np.empty((trials, bins, 2 * regions)), np.empty((trials, bins), np.int64)
+    mode = rng.integers(2, size=trials)
+    state = process_sd / math.sqrt(1.0 - RADIUS**2) * rng.standard_normal((trials, 2 * regions))
+    for t in range(bins):
+        if t:
+            mode = np.where(rng.random(trials) < 1.0 / dwell, 1 - mode, mode)
+            state = np.einsum("bij,bj->bi", dynamics[mode], state) + process_sd * rng.standard_normal(state.shape)
+        latents[:, t], modes[:, t] = state, mode
+    of_unit = np.repeat(np.arange(regions), units)
+    loading = rng.standard_normal((len(of_unit), 2 * regions)) * (of_unit[:, None] == owner)
+    loading, offset, rates = _log_rates(latents, loading, mean_count, modulation)
+    recording = Recording.from_arrays(
+        rng.poisson(rates), bin_width=bin_width, counts=True, unit=range(len(of_unit)), session="switching_routes",
+        region=[names[r] for r in of_unit],
+    )  # fmt: skip
+    options = {"system": "switching_routes", "dwell": dwell, "coupling": coupling, "process_sd": process_sd}
+    pairs = ("mode", "target", "source")
+    extra = {
+        "rates": (("trial", "time", "unit"), rates, {"units": "events a bin"}),
+        "adjacency": (pairs, adjacency),
+        "strength": (pairs, np.stack(strength)),
+    }
+    bias, options = np.zeros((2, 2 * regions)), options | {"seed": seed}
+    truth = _truth(recording, modes, latents, dynamics, bias, loading, offset, extra, options)
+    return System(recording, truth.assign_coords(target=names, source=names))
+
+
+def _log_rates(
+    latents: np.ndarray, loading: np.ndarray, mean_count: float, modulation: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The loading (unit, latent) with rows scaled to the modulation, the offset (unit), and the rates."""
+    seen = latents - latents.mean((0, 1))
+    loading = loading * modulation / np.sqrt(np.square(seen @ loading.T).mean((0, 1)))[:, None]
+    offset = np.log(mean_count) - np.log(np.exp(latents @ loading.T).mean((0, 1)))
+    return loading, offset, np.exp(latents @ loading.T + offset)
 
 
 def _rotation(angle: float) -> np.ndarray:
