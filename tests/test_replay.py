@@ -1,6 +1,8 @@
 """Replay: against a dense forward-backward pass, with what was planted, and place fields against a closed form."""
 
+import importlib
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import zoo
 
 import pyrodyn as dyn
 from pyrodyn import inference, models
-from pyrodyn.models.replay import DYNAMICS
+from pyrodyn.models.replay import CATEGORIES, DYNAMICS
 from pyrodyn.program import globals_given
 
 
@@ -93,6 +95,72 @@ def test_place_fields_are_the_mean_of_a_gamma_posterior():
             assert found[unit, k] == pytest.approx(st.gamma.mean(events + 2.0 * mean, scale=1 / (seconds + 2.0)))
 
 
+def test_smoothed_place_fields_are_ratios_of_sums_over_a_kernel():
+    rng = np.random.default_rng(0)
+    places, sd, bins = 12, 1.3, 400
+    place = rng.integers(places - 3, size=(1, bins))  # the last three are never visited
+    counts = rng.poisson(0.4, size=(1, bins, 3)).astype(float)
+    recording = dyn.Recording.from_arrays(counts, bin_width=0.05, counts=True)
+    found = models.place_fields(recording, place + 0.5, np.arange(places + 1), prior=0.7, smoothing=sd)
+    reach = np.arange(-5, 6)  # where scipy cuts the kernel: four standard deviations
+    kernel = np.exp(-0.5 * (reach / sd) ** 2)
+    kernel /= kernel.sum()
+    for x in range(places):
+        weight = np.array([kernel[np.flatnonzero(reach == x - p)].sum() for p in place[0]])
+        wanted = (weight @ counts[0] + 0.7 * counts[0].mean(0) / 0.05) / (weight.sum() * 0.05 + 0.7)
+        np.testing.assert_allclose(found[:, x], wanted, rtol=1e-10)
+
+
+def test_one_trial_is_decoded_as_it_is_among_others():
+    row = zoo.row("Replay-ragged-missing")
+    parameters = globals_given(row.model, zoo.prior_draws(row.model, row.recording, ()), row.recording)
+    decoded = row.model.decode(parameters, row.recording)
+    for trial in range(row.recording.num_trials):
+        alone = row.model.decode(parameters, row.recording.isel(trial=[trial]))
+        assert alone.shape == (1, *decoded.shape[1:])
+        torch.testing.assert_close(alone[0], decoded[trial])
+
+
+def test_categories_are_dynamics_or_neighbours_that_are_probable_together():
+    named = {
+        (0.85, 0.1, 0.05): "stationary",
+        (0.5, 0.4, 0.1): "stationary-continuous",
+        (0.1, 0.8, 0.1): "continuous",
+        (0.1, 0.3, 0.6): "fragmented-continuous",
+        (0.05, 0.05, 0.9): "fragmented",
+        (0.2, 0.65, 0.15): "stationary-continuous",  # the likelier of two mixtures
+        (0.15, 0.65, 0.2): "fragmented-continuous",
+    }
+    found = models.replay_categories(np.array(list(named)))
+    assert [CATEGORIES[k] for k in found] == list(named.values())
+    unclear = np.array([[1 / 3, 1 / 3, 1 / 3], [0.5, 0.0, 0.5], [0.4, 0.35, 0.25]])
+    assert models.replay_categories(unclear).tolist() == [-1, -1, -1]
+    assert models.replay_categories(torch.tensor([[0.4, 0.35, 0.25]]), threshold=0.7).tolist() == [1]
+    with pytest.raises(dyn.errors.ModelError, match="probability"):
+        models.replay_categories(np.ones((3, 2)))
+    with pytest.raises(dyn.errors.ModelError, match="threshold"):
+        models.replay_categories(np.ones((2, 3)), threshold=0.5)
+
+
+@pytest.fixture
+def linear_track_script(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
+    return importlib.import_module("replay_linear_track")
+
+
+# Some units fire in the passes that fields are learned from, and not in those held out.
+@pytest.mark.filterwarnings("ignore:.*silent:UserWarning")
+def test_held_out_runs_of_a_real_rat_are_decoded(linear_track_script, data_dir):
+    script = linear_track_script
+    run = script.runs(script.linear_track(data_dir))
+    assert len(run.passes) > 40
+    alone, together = script.decode_runs(run)
+    assert np.median(together) < np.median(alone)  # a place is known better with those before and after it
+    assert np.median(together) <= 0.062
+    # Guessing one place for all bins would be off by a quarter of the track.
+    assert np.median(np.abs(np.concatenate([run.coarse(part)[1] for part in run.passes]) - 0.5)) > 0.2
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -118,6 +186,8 @@ def test_recordings_it_cannot_take_are_named():
         models.place_fields(recording, np.zeros((1, 4)), [0, 2, 1])
     with pytest.raises(dyn.errors.ModelError, match="prior"):
         models.place_fields(recording, np.zeros((1, 4)), [0, 1, 2], prior=0.0)
+    with pytest.raises(dyn.errors.ModelError, match="smoothing"):
+        models.place_fields(recording, np.zeros((1, 4)), [0, 1, 2], smoothing=-1.0)
     with pytest.raises(dyn.errors.ModelError, match="silent"):
         models.place_fields(recording, np.full((1, 4), np.nan), [0, 1, 2])
     assert torch.isfinite(recording.values).all()

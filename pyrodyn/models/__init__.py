@@ -12,7 +12,7 @@ from pyrodyn.models.multi_region_lds import MultiRegionLDS
 from pyrodyn.models.multi_region_switching_lds import MultiRegionSwitchingLDS
 from pyrodyn.models.neural_ode import NeuralODE
 from pyrodyn.models.neural_sde import NeuralSDE
-from pyrodyn.models.replay import Replay, place_fields
+from pyrodyn.models.replay import Replay, place_fields, replay_categories
 from pyrodyn.models.stepping import Stepping
 from pyrodyn.models.switching_lds import SwitchingLDS
 from pyrodyn.models.time_priors import MarkovPrior, SmoothPrior, StaticPrior
@@ -39,4 +39,5 @@ __all__ = [
     "Stepping",
     "VAE",
     "place_fields",
+    "replay_categories",
 ]

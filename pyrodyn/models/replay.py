@@ -11,6 +11,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
 
 from pyrodyn.errors import ModelError
@@ -20,6 +21,9 @@ from pyrodyn.program import Labelled
 from pyrodyn.recording import Recording
 
 DYNAMICS = ("stationary", "continuous", "fragmented")
+# By speed: what dynamics are called that are probable alone, or two together.
+CATEGORIES = ("stationary", "stationary-continuous", "continuous", "fragmented-continuous", "fragmented")
+COHERENT = CATEGORIES[:3]  # those that keep a place, or go on from it
 
 
 class ReplayParameters(NamedTuple):
@@ -157,7 +161,8 @@ class Replay(ConditionedChain):
         with torch.no_grad():
             initial, transition = self.chain(parameters, recording)
             seen = self._seen(parameters, recording, recording.observations)
-            states, _ = mode_marginals(initial.flatten(0, -2)[0], transition.flatten(0, -3)[:1], seen.squeeze(0))
+            seen = seen.reshape(recording.num_trials, recording.num_bins, self.num_states)
+            states, _ = mode_marginals(initial.flatten(0, -2)[0], transition.flatten(0, -3)[:1], seen)
         return states.unflatten(-1, (len(DYNAMICS), self.num_positions))
 
     def initial_values(self, recording: Recording) -> dict[str, Tensor]:
@@ -196,14 +201,16 @@ def place_fields(
     position: Sequence[float] | np.ndarray,
     edges: Sequence[float] | np.ndarray,
     prior: float = 0.5,
+    smoothing: float = 0.0,
 ) -> np.ndarray:
     r"""Rates at positions from a run, (unit, position), in events a second.
 
     The posterior mean of a Poisson rate in each place under a Gamma prior about the unit's mean rate,
 
-    .. math:: f_n(x) = \frac{\sum_{t: x_t = x} y_{t,n} + a \bar f_n}{T_x + a}
+    .. math:: f_n(x) = \frac{\sum_t k(x - x_t) \, y_{t,n} + a \bar f_n}{\sum_t k(x - x_t) \, \Delta + a}
 
-    with :math:`T_x` seconds spent at x and ``prior`` a in seconds: places hardly visited have the mean rate.
+    with ``prior`` a in seconds, so that places hardly visited have the mean rate. The kernel k counts what happened at
+    x, or near it, where events and seconds are smoothed by a Gaussian alike.
 
     Parameters
     ----------
@@ -213,6 +220,8 @@ def place_fields(
     edges : (position + 1,)
         Increasing ends of the bins of position.
     prior : float
+    smoothing : float
+        Standard deviation of the Gaussian, in bins of position; 0 for none.
 
     Raises
     ------
@@ -227,6 +236,8 @@ def place_fields(
         raise ModelError(f"edges must be three or more increasing numbers, got {edges!r}")
     if not prior > 0:
         raise ModelError(f"prior must be positive, got {prior!r}")
+    if not smoothing >= 0:
+        raise ModelError(f"smoothing must be 0 or more, in bins of position, got {smoothing!r}")
     which = np.digitize(place, ends) - 1
     counts = recording.values.numpy()
     seen = np.ones(counts.shape) if recording.mask is None else recording.mask.numpy().astype(float)
@@ -239,4 +250,36 @@ def place_fields(
         raise ModelError(
             f"recording: units {silent[:5]} are silent in the run and have no field; drop them by sel(unit=...)"
         )
+    if smoothing:
+        # What lies beyond the ends was not visited, and counts for nothing in either.
+        events, seconds = (gaussian_filter1d(part, smoothing, axis=-1, mode="constant") for part in (events, seconds))
     return (events + prior * mean) / (seconds + prior)
+
+
+def replay_categories(probability: np.ndarray | Tensor, threshold: float = 0.8) -> np.ndarray:
+    """Which of five categories of dynamics a bin belongs to, if any: whole numbers (...), places in `CATEGORIES`.
+
+    Where one of the dynamics has at least ``threshold``, that one; else where two that are neighbours in speed have it
+    together, their mixture; else -1.
+
+    Parameters
+    ----------
+    probability : (..., dynamics)
+        Posterior probabilities, such as ``posterior["latents"]["dynamics_probability"]``, or `Replay.decode` summed
+        over positions.
+    threshold : float
+        Above one half.
+
+    References
+    ----------
+    Denovellis et al., eLife 10:e64505 (2021).
+    """
+    given = np.asarray(probability, dtype=float)
+    if given.shape[-1:] != (len(DYNAMICS),):
+        raise ModelError(f"probability must be (..., dynamics) with {len(DYNAMICS)} dynamics, got shape {given.shape}")
+    if not 0.5 < threshold <= 1:
+        raise ModelError(f"threshold must lie above .5 and be 1 or less, got {threshold!r}")
+    # To the rounding of a sum: three probabilities of a decoder that is sure may fall short of 1.
+    alone, together = given >= threshold - 1e-12, given[..., :-1] + given[..., 1:]
+    found = np.where((together >= threshold - 1e-12).any(-1), 2 * together.argmax(-1) + 1, -1)
+    return np.where(alone.any(-1), 2 * given.argmax(-1), found)
