@@ -328,8 +328,8 @@ def main() -> int:
         far = found.names[int(np.abs(found.shift).argmax())]
         lines.append(
             f"| {case.name} | {len(found.names)} | {np.abs(found.shift).max():.3f} ({far}) | {found.ratio.min():.3f} | "
-            f"{found.ratio.max():.3f} | {found.r_hat:.3f} | {found.effective:.0f} | {'yes' if found.agrees else 'no'} | "
-            f"{time.perf_counter() - started:.0f} |"
+            f"{found.ratio.max():.3f} | {found.r_hat:.3f} | {found.effective:.0f} | "
+            f"{'yes' if found.agrees else 'no'} | {time.perf_counter() - started:.0f} |"
         )
         print(lines[-1], flush=True)
     text = f"""# Reference posteriors
