@@ -23,12 +23,11 @@ from pyrodyn import inference, models
 from pyrodyn.distributions import SwitchingPath
 from pyrodyn.systems import System, switching_routes
 
-SEEDS = range(5)
 SETTINGS = {
     "two regions": {"regions": 2, "trials": 4, "bins": 500},
     "three regions": {"regions": 3, "trials": 4, "bins": 500},
-    "three regions, weak": {"regions": 3, "trials": 4, "bins": 500, "coupling": 0.3},
 }
+SEEDS = {"two regions": range(5), "three regions": range(1)}
 MODEL = models.MultiRegionSwitchingLDS(2, 2)
 GIBBS = inference.Gibbs(draws=100, warmup=100, chains=2)
 
@@ -89,6 +88,9 @@ HEAD = (
     "Accuracy: share of the bins whose mode is right, beside what the true path tells under the true parameters.\n"
     "AUROC: by mean strength, in each mode. Found, and false: edges with P(present) above one half by Savage-Dickey,\n"
     "over both modes. Error: mean absolute error of the strength of edges, as a share of their mean strength.\n\n"
+    "Two regions are found. With three in a row, activity grows along the row and hides what starts it; the smooth path\n"
+    "of one linear system, from which the modes are first guessed, then tells nothing of them, and the fit stays at\n"
+    "chance. Times are of a busy machine.\n\n"
     "| setting | seed | accuracy | true path | AUROC | edges found | false edges | error | s |\n"
     "|---|---|---|---|---|---|---|---|---|"
 )
@@ -102,7 +104,7 @@ def main() -> None:
     torch.set_num_threads(1)
     lines = [HEAD]
     for name in options.settings:
-        for seed in SEEDS:
+        for seed in SEEDS[name]:
             lines.append(line(name, seed))
             print(lines[-1], flush=True)
     if options.table:
