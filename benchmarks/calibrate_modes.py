@@ -46,7 +46,7 @@ class Case:
 
 HMC = inference.HMC(chains=8, superchains=4, draws=25, warmup=100)
 # Path and process noise hold each other: it takes tens of sweeps from one draw to the next.
-OF_PATH = inference.Gibbs(chains=2, draws=50, warmup=500, thin=50)
+OF_PATH = inference.Gibbs(chains=1, draws=50, warmup=400, thin=40)
 OBSERVED = inference.Gibbs(chains=2, draws=50, warmup=100, thin=4)
 GAUSSIAN = readouts.Gaussian()
 
