@@ -157,8 +157,8 @@ def of_places(recording: dyn.Recording, fields: np.ndarray) -> np.ndarray:
 def bursts(track: Track, span: tuple[float, float], units: np.ndarray, active: int = 5) -> dyn.Recording:
     """Events of 50 to 500 ms in which the population fires more than three sd above its mean, in bins of 2 ms.
 
-    They last while it fires more than its mean, and ``active`` units take part or more. Of ``units`` all are binned,
-    and those that fire slowly looked at.
+    They last while it fires more than its mean, ``active`` units take part or more, and the animal does not run. Of
+    ``units`` all are binned, and those that fire slowly looked at.
     """
     step, start = 0.001, np.array([span[0]])
     bins = int((span[1] - span[0]) / step)
@@ -169,7 +169,10 @@ def bursts(track: Track, span: tuple[float, float], units: np.ndarray, active: i
     found = [
         (a, b)
         for a, b in stretches(rate > mean)
-        if rate[a:b].max() > mean + 3 * sd and 50 <= b - a <= 500 and (counts[a:b, slow].sum(0) > 0).sum() >= active
+        if rate[a:b].max() > mean + 3 * sd
+        and 50 <= b - a <= 500
+        and (counts[a:b, slow].sum(0) > 0).sum() >= active
+        and np.interp(span[0] + step * (a + b) / 2, track.time, track.speed) < SPEED
     ]
     binned = [counts[a : b - (b - a) % 2].reshape((b - a) // 2, 2, -1).sum(1) for a, b in found]
     return dyn.Recording.from_arrays(binned, bin_width=EVENT_BIN, counts=True)
