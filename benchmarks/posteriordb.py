@@ -1,6 +1,6 @@
 """Reference posteriors of posteriordb, as programs built from the library's parts and sampled by HMC.
 
-Run `python benchmarks/posteriordb.py`; it writes docs/tables/posteriordb.md, in about ten minutes on one core.
+Run `python benchmarks/posteriordb.py`; it writes docs/tables/posteriordb.md, in about two minutes on one core.
 $PYRODYN_DATA names the folder of recordings. The exit code is 1 unless six posteriors or more agree with the reference.
 
 The programs are written from the models' statements; parameters have the names that the reference draws have.
@@ -314,8 +314,8 @@ def compared(case: Case, engine: inference.HMC, folder: Path, seed: int) -> Comp
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--draws", type=int, default=100, help="of each of 64 chains")
-    parser.add_argument("--warmup", type=int, default=400)
+    parser.add_argument("--draws", type=int, default=60, help="of each of 64 chains")
+    parser.add_argument("--warmup", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=[case.data for case in CASES], help="names of data")
     chosen = parser.parse_args()
