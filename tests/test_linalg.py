@@ -305,6 +305,13 @@ def test_products_by_parts_equal_products(monkeypatch, left, right):
     assert product(tracked, second).requires_grad
 
 
+def test_a_product_with_infinities_is_what_torch_makes_of_it():
+    first, second = normal(0, 4, 3), normal(1, 3, 2)
+    first[0, 0], first[1, 1], second[0, 0] = torch.inf, torch.nan, -torch.inf
+    first[2, 0], second[0, 1] = 1e300, 1e300
+    torch.testing.assert_close(product(first, second), first @ second, equal_nan=True)
+
+
 def test_a_product_for_all_trials_equals_one_for_each():
     for weights in (normal(1, 1, 4, 2), normal(1, 5, 1, 4, 2), normal(1, 5, 3, 4, 2), normal(1, 4, 2)):
         values = normal(0, 3, 6, 4)

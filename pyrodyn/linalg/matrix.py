@@ -34,23 +34,27 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     tracked = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
     if tracked or left.device.type != "cpu" or not left.dtype == right.dtype == torch.float64:
         return left @ right
-    first, second = left.detach().numpy(), right.detach().numpy()
-    # A long side, of rows or of what is summed, goes by parts that stay in the cache.
-    rows, inner = first.shape[-2:]
-    at_once = max(64, CACHED // max(min(rows, inner), second.shape[-1]))
-    found = room((*broadcast_shapes(first.shape[:-2], second.shape[:-2]), rows, second.shape[-1]))
+    return torch.from_numpy(_by_parts(left.detach().numpy(), right.detach().numpy()))
+
+
+@np.errstate(all="ignore")  # infinities and NaN go on, as they do in torch
+def _by_parts(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """A long side, of rows or of what is summed, goes by parts that stay in the cache."""
+    rows, inner = left.shape[-2:]
+    found = room((*broadcast_shapes(left.shape[:-2], right.shape[:-2]), rows, right.shape[-1]))
+    at_once = max(64, CACHED // max(min(rows, inner), right.shape[-1]))
     if max(rows, inner) < 2 * at_once:
-        np.matmul(first, second, out=found)
+        np.matmul(left, right, out=found)
     elif rows > inner:
         for start in range(0, rows, at_once):
             some = slice(start, start + at_once)
-            np.matmul(first[..., some, :], second, out=found[..., some, :])
+            np.matmul(left[..., some, :], right, out=found[..., some, :])
     else:
         found[:] = 0.0
         for start in range(0, inner, at_once):
             some = slice(start, start + at_once)
-            found += np.matmul(first[..., some], second[..., some, :])
-    return torch.from_numpy(found)
+            found += np.matmul(left[..., some], right[..., some, :])
+    return found
 
 
 def of_all_trials(values: Tensor, weights: Tensor) -> Tensor:
