@@ -11,12 +11,8 @@ import torch
 
 import pyrodyn as dyn
 from pyrodyn import inference, models, plots, readouts
-from pyrodyn.conditionals.paths import factors, levelled
 from pyrodyn.errors import ModelError
-from pyrodyn.inference.density import LogDensity
 from pyrodyn.inference.engine import double_precision, random_stream
-from pyrodyn.inference.mode import Rescaled, ascend
-from pyrodyn.models._regions_network import _evidence, _potential
 from pyrodyn.models._regions_rows import _persistence
 from pyrodyn.program import globals_given
 from pyrodyn.systems import coupled_regions
@@ -153,58 +149,6 @@ def test_ranks_of_truths_are_uniform(readout):
     names = found["quantity"].values.astype(str)
     edges = found.isel(quantity=[i for i, name in enumerate(names) if name in ("presence[1]", "presence[2]")])
     assert abs(float(edges["mean"].mean() - edges["truth"].mean())) < 0.15
-
-
-@pytest.mark.parametrize("readout", [readouts.Poisson(), readouts.Gaussian()])
-def test_the_evidence_of_the_dynamics_and_its_slope_are_those_of_autograd(readout):
-    data = coupled_regions(regions=2, units=4, trials=3, bins=15, seed=1).recording
-    model = models.MultiRegionLDS(2, readout=readout, time_bumps=3)
-    with random_stream(0), double_precision():
-        sweep = model.conditionals(data)
-        state = sweep.start(model.initial_values(data), 2)
-        parameters = sweep.parameters(state)
-        potential = _potential(sweep, state, factors(model, parameters, data)[1])
-    vector = sweep.layout.vector(state["dynamics"]).requires_grad_()
-    moved = parameters._replace(dynamics=sweep.layout.matrix(vector).unsqueeze(1))
-    prior = model.latent_path(moved, data)
-    expected = (prior.condition(*potential).log_normaliser - prior.log_normaliser).sum(-1)
-    (expected_slope,) = torch.autograd.grad(expected.sum(), vector)
-    with torch.no_grad():
-        moved = parameters._replace(dynamics=sweep.layout.matrix(vector).unsqueeze(1))
-        prior = model.latent_path(moved, data)
-        value, slope = _evidence(sweep, moved, prior, prior.condition(*potential))
-    torch.testing.assert_close(value, expected.detach())
-    torch.testing.assert_close(slope, expected_slope, rtol=1e-8, atol=1e-8)
-
-
-def test_pseudo_observations_of_gaussian_data_are_the_data():
-    data = recording(np.random.default_rng(0).normal(size=(3, 20, 6)))
-    model = models.MultiRegionLDS(1, readout=readouts.Gaussian(), time_bumps=0)
-    values = model.initial_values(data)
-    with random_stream(0), torch.no_grad():
-        program, _ = levelled(model, globals_given(model, values, data), data, None, 2)
-        torch.testing.assert_close(program.values, data.values)
-        torch.testing.assert_close(program.noise, values["noise_sd"])
-        found = LogDensity(program, data)
-        exact = LogDensity(inference.collapse(model), data)
-        held = {name: value for name, value in values.items() if name != "noise_sd"}
-        moved = held | {"network": 0.9 * values["network"]}
-        gain = found(found.unconstrain(moved | {"noise_sd": values["noise_sd"]})) - found(found.unconstrain(values))
-        expected = exact(exact.unconstrain(moved | {"noise_sd": values["noise_sd"]})) - exact(exact.unconstrain(values))
-    torch.testing.assert_close(gain, expected)
-
-
-def test_a_climb_in_coordinates_of_unit_curvature_gets_further():
-    data = coupled_regions(regions=2, units=8, trials=5, bins=100, mean_count=0.5, seed=3).recording
-    model = models.MultiRegionLDS(2, time_bumps=0)
-    values = model.initial_values(data)
-    with random_stream(0), double_precision():
-        program, _ = levelled(model, globals_given(model, values, data), data, None, 2)
-        density = LogDensity(program, data)
-        start = density.unconstrain(values)
-        rescaled = Rescaled(density, start).ascend(start, 25, "", 1e-13)
-    plain, _ = ascend(density, start, 25, "", 1e-13)
-    assert float(density(rescaled)) > float(density(plain)) + 10.0
 
 
 def test_gibbs_draws_stand_for_the_program():

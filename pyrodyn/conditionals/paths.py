@@ -21,15 +21,14 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyrodyn.conditioning import gaussian_potential, outer, path_evidence
+from pyrodyn.conditioning import gaussian_potential, outer
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.program import trial_plate
-from pyrodyn.readouts import AffineReadout, Gaussian
+from pyrodyn.readouts import AffineReadout
 from pyrodyn.recording import Recording
 
 KICKS = 2  # to a trajectory
 LEAST_CURVATURE = 1e-6
-PIECE = 60_000  # numbers (chain, trial, time, unit) at a time
 SPREAD = 3  # pairs of paths over which a reference is averaged
 
 
@@ -51,46 +50,12 @@ class Reference(NamedTuple):
         pull = self.score + self.curvature * (self.centre - readout.offset)
         return outer(readout, self.curvature), pull @ readout.loading
 
-
-class Leftover:
-    """What a quadratic `Reference` leaves over of the log likelihood of a path, up to a constant.
-
-    The quadratic is one in the path, whose few latents stand for many units: it is taken there.
-
-    Parameters
-    ----------
-    readout : AffineReadout
-    observations : Tensor, (chain or 1, trial, time, unit)
-    precision, linear : Tensor
-        The reference as a potential on the path.
-    """
-
-    def __init__(self, readout: AffineReadout, observations: Tensor, precision: Tensor, linear: Tensor) -> None:
-        self.loading, self.precision, self.linear = readout.loading, precision, linear
-        # A few bins at a time: what is computed for every unit then stays in the processor's cache.
-        batch, (bins, units) = readout.batch_shape, readout.event_shape
-        size = max(1, PIECE // (batch.numel() * units))
-        places = [slice(start, min(start + size, bins)) for start in range(0, bins, size)]
-        self.pieces = [(place, readout.of_bins(place), observations[..., place, :]) for place in places]
-
-    def value(self, path: Tensor) -> Tensor:
-        """In every bin, (chain, trial, time)."""
-        fit = [readout.kernel_bins(readout.predict(path[..., place, :]), seen) for place, readout, seen in self.pieces]
-        return torch.cat(fit, -1) - (path * (self.linear - 0.5 * self._pulled(path))).sum(-1)
-
-    def __call__(self, path: Tensor) -> tuple[Tensor, Tensor]:
-        """`value`, and its derivative in the path (chain, trial, time, latent)."""
-        fit, force = [], []
-        for place, readout, seen in self.pieces:
-            value, score, _ = readout.expand_bins(readout.predict(path[..., place, :]), seen)
-            fit.append(value)
-            force.append(score @ self.loading)
-        pulled = self._pulled(path)
-        value = torch.cat(fit, -1) - (path * (self.linear - 0.5 * pulled)).sum(-1)
-        return value, torch.cat(force, -2) - self.linear + pulled
-
-    def _pulled(self, path: Tensor) -> Tensor:
-        return (self.precision @ path.unsqueeze(-1)).squeeze(-1)
+    def rest(self, readout: AffineReadout, predictor: Tensor, observations: Tensor) -> tuple[Tensor, Tensor]:
+        """What the reference leaves over: value (*batch, time) and derivative in the predictor (*batch, time, unit)."""
+        fit, score, _ = readout.expand_bins(predictor, observations)
+        apart = predictor - self.centre
+        slope = torch.addcmul(self.score, self.curvature, apart, value=-1.0)
+        return fit - 0.5 * (apart * (self.score + slope)).sum(-1), score - slope
 
 
 def gaussian_path(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) -> Tensor:
@@ -106,8 +71,12 @@ def turned_path(
 
     Returns the path (chain, trial, time, latent) and the acceptance probability (chain, trial).
     """
-    potential = reference.potential(readout)
-    moved, acceptance = turn(prior.condition(*potential), Leftover(readout, observations, *potential), path)
+
+    def rest(at: Tensor) -> tuple[Tensor, Tensor]:
+        value, slope = reference.rest(readout, readout.predict(at), observations)
+        return value, slope @ readout.loading
+
+    moved, acceptance = turn(prior.condition(*reference.potential(readout)), rest, path)
     return moved, acceptance.squeeze(-1)
 
 
@@ -209,60 +178,21 @@ def settled(
 
 
 @dataclass(frozen=True)
-class Levelled:
-    """A program with its path integrated out under pseudo-observations, as if they were Gaussian.
-
-    Their noise is the same in all bins, so that all trials share one factorisation and a gradient costs a twentieth of
-    that under a `Reference`, whose curvature changes from bin to bin. Where the centre is the path's mean, the slope in
-    the parameters is nearly the same.
-    """
+class Referenced:
+    """A program with its path integrated out under a fixed `Reference`: a climb on it needs no search for the path."""
 
     model: Any
-    values: Tensor  # (trial, time, unit)
-    noise: Tensor  # (unit)
+    reference: Reference
 
     def __call__(self, recording: Recording) -> Tensor:
         prior, readout = factors(self.model, self.model.sample_globals(recording), recording)
-        evidence = path_evidence(prior, _as_gaussian(readout, self.noise), self.values)
+        near = prior.condition(*self.reference.potential(readout))
+        apart = readout.offset - self.reference.centre
+        at_zero = (apart * (self.reference.score - 0.5 * self.reference.curvature * apart)).sum((-2, -1))
+        evidence = at_zero + near.log_normaliser - prior.log_normaliser
         with trial_plate(recording):
             pyro.factor("observations", evidence)
         return evidence
-
-
-def levelled(
-    model: Any, parameters: Any, recording: Recording, centre: Tensor | None, rounds: int
-) -> tuple[Levelled, Tensor]:
-    """Pseudo-observations about the mean path that they give themselves, and its predictor (trial, time, unit).
-
-    Scores and curvatures are averaged over the path's spread. Without a ``centre`` to start from, predictors do not
-    move with the path at first.
-    """
-    prior, readout = factors(model, parameters, recording)
-    observations, mask = recording.values, recording.mask
-    seen = observations[..., 0].numel() if mask is None else mask.sum((0, 1)).clamp(min=1)
-    if centre is None:
-        centre = readout.offset.expand(*readout.batch_shape, *readout.event_shape)
-
-    def about(centre: Tensor, spread: list[Tensor]) -> Levelled:
-        expanded = [readout.expand_log(centre + side, observations)[1:] for side in spread]
-        score, curvature = (torch.stack(part).mean(0) for part in zip(*expanded, strict=True))
-        level = (curvature.reshape(observations.shape).sum((0, 1)) / seen).clamp(min=LEAST_CURVATURE)
-        return Levelled(model, (centre + score / level).reshape(observations.shape), level.rsqrt())
-
-    found = about(centre, [torch.zeros((), dtype=torch.float64)])
-    for _ in range(rounds):
-        near = prior.condition(*gaussian_potential(_as_gaussian(readout, found.noise), found.values))
-        mean = readout.predict(near.mean)
-        centre = centre + (mean - centre).clamp(-2.0, 2.0)
-        apart = [readout.predict(near.draw(torch.randn_like(near.mean))) - mean for _ in range(SPREAD)]
-        found = about(centre, [side for part in apart for side in (part, -part)])
-    return found, centre
-
-
-def _as_gaussian(readout: AffineReadout, noise: Tensor) -> AffineReadout:
-    """The same predictors, seen with Gaussian noise of these sds (unit)."""
-    offset = readout.offset.squeeze(-2)
-    return AffineReadout(Gaussian(), readout.path, readout.loading, offset, noise.expand_as(offset), readout.observed)
 
 
 def factors(model: Any, parameters: Any, recording: Recording) -> tuple[GaussMarkov, AffineReadout]:
