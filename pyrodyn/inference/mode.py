@@ -15,6 +15,7 @@ MEMORY = 30  # pairs of steps and changes of the gradient that L-BFGS remembers
 SUFFICIENT, CURVATURE = 1e-4, 0.9  # Wolfe's constants
 FLAT = 1e-5  # largest entry of the gradient at which there is nowhere to climb
 TRIALS = 30  # steps tried in one line search
+ROUNDING = 1e-11  # of the size of a log density: what a sum over bins may be off by
 
 
 class Hill(Protocol):
@@ -33,7 +34,8 @@ def ascend(density: Hill, start: Tensor, max_steps: int, label: str, tolerance: 
     """Climb to the mode by L-BFGS from ``start``; returns the vectors and whether each converged.
 
     ``start`` is (*replicate, dimension): each replicate has its own curvature, its own line search and stops by itself,
-    where a step gains less than ``tolerance`` of the size of its log density. The path of steps only goes up.
+    where a step gains less than ``tolerance`` of the size of its log density. The path of steps only goes up; where no
+    step does, that is the top as far as rounding tells if the slope promised less than `ROUNDING` of that size.
 
     References
     ----------
@@ -65,7 +67,7 @@ def ascend(density: Hill, start: Tensor, max_steps: int, label: str, tolerance: 
             won = value_ahead - value
             place, value, slope = ahead, value_ahead, slope_ahead
             larger = torch.maximum(value.abs(), (value - won).abs()).clamp(min=1.0)
-            stuck = stuck | (active & (size == 0.0))
+            stuck = stuck | (active & (size == 0.0) & (gain > ROUNDING * larger))
             active = active & (won > tolerance * larger) & (slope.abs().amax(-1) > FLAT)
             bar.update()
     return place, ~active & ~stuck

@@ -114,7 +114,8 @@ def _network(options: dict[str, Any], pulse: float | None) -> System:
     rng.randn(units)  # a second entry that the published script draws and does not use
     starts = spread * rng.randn(conditions, units)
     trials = conditions * repeats
-    state = np.repeat(starts, repeats, axis=0)
+    # Without a pulse repeats are one trial: as rows of one product they would differ by rounding.
+    state = starts if pulse is None else np.repeat(starts, repeats, axis=0)
     drive = np.zeros((trials, bins))
     when = np.full(trials, -1)
     if pulse is not None:
@@ -123,11 +124,12 @@ def _network(options: dict[str, Any], pulse: float | None) -> System:
         hit = np.flatnonzero(when >= 0)
         drive[hit, when[hit]] = pulse
     share = width / CONSTANT
-    latents = np.empty((trials, bins, units))
+    latents = np.empty((len(state), bins, units))
     for t in range(bins):
         recurrent = gain * np.tanh(state) @ weights.T
-        state = (1.0 - share) * state + share * (recurrent + drive[:, t, None] * entry)
+        state = (1.0 - share) * state + share * (recurrent + drive[: len(state), t, None] * entry)
         latents[:, t] = state
+    latents = latents.repeat(trials // len(state), axis=0)
     activity = np.tanh(latents)
     least, most = activity.min(1, keepdims=True), activity.max(1, keepdims=True)
     rates = peak * width * (activity - least) / np.maximum(most - least, np.finfo(float).tiny)
