@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,24 +89,18 @@ def coupling_graph(
     --------
     pyrodyn.coupling.measures, pyrodyn.coupling.spectra, pyrodyn.coupling.presence : the equations and their sources.
     """
+    graph_of = functools.partial(
+        coupling_graph,
+        lags=lags,
+        frequencies=frequencies,
+        edge_prior_sd=edge_prior_sd,
+        edge_prior_probability=edge_prior_probability,
+        rope=rope,
+    )
     if isinstance(posterior, xr.DataTree) and SESSIONS in posterior.children:
-        return _of_sessions(
-            posterior,
-            lags=lags,
-            frequencies=frequencies,
-            edge_prior_sd=edge_prior_sd,
-            edge_prior_probability=edge_prior_probability,
-            rope=rope,
-        )
-    if dynamics_of(posterior).sizes.get("mode") is not None:
-        return _of_modes(
-            posterior,
-            lags=lags,
-            frequencies=frequencies,
-            edge_prior_sd=edge_prior_sd,
-            edge_prior_probability=edge_prior_probability,
-            rope=rope,
-        )
+        return _of_sessions(posterior, graph_of)
+    if "mode" in dynamics_of(posterior).dims:
+        return _of_modes(posterior, graph_of)
     system = read_system(posterior)
     if isinstance(rope, bool) or not isinstance(rope, int | float) or not 0.0 <= rope < np.inf:
         raise CouplingError(f"rope: got {rope!r}; expected a strength of 0 or more, such as {ROPE:g}")
@@ -170,19 +165,19 @@ def coupling_graph(
     return graph.isel(unit=kept)
 
 
-def _of_sessions(posterior: xr.DataTree, **options: Any) -> xr.Dataset:
+def _of_sessions(posterior: xr.DataTree, graph_of: Callable[[xr.DataTree], xr.Dataset]) -> xr.Dataset:
     """The graph of every session, one beside the other, and what they share."""
     shared = posterior["posterior"].to_dataset()
     sessions = posterior.children[SESSIONS].children
-    found = [coupling_graph(session, **options).drop_dims("unit") for session in sessions.values()]
+    found = [graph_of(session).drop_dims("unit") for session in sessions.values()]
     joined = xr.concat(found, xr.DataArray(list(sessions), dims="session", name="session"), join="outer")
     return joined.merge(shared, join="outer", combine_attrs="override")
 
 
-def _of_modes(posterior: xr.DataTree, **options: Any) -> xr.Dataset:
+def _of_modes(posterior: xr.DataTree, graph_of: Callable[[xr.DataTree], xr.Dataset]) -> xr.Dataset:
     """The graph of every mode, one beside the other."""
     modes = np.arange(posterior["posterior"].sizes["mode"])
-    found = [coupling_graph(posterior.isel(mode=k), **options) for k in modes]
+    found = [graph_of(posterior.isel(mode=k)) for k in modes]
     joined = xr.concat(
         [graph.drop_vars("mode", errors="ignore") for graph in found],
         xr.DataArray(modes, dims="mode", name="mode"),
