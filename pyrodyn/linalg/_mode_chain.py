@@ -115,11 +115,13 @@ class ModeLogNormaliser(torch.autograd.Function):
     def forward(ctx, initial: Tensor, transition: Tensor, likelihood: Tensor, graded: bool) -> Tensor:
         chain = ModeChain(initial, transition, likelihood)
         ctx.smoothed = ctx.scaled = ctx.arrays = None
+        ctx.together = False
         if chain.together and graded:
             found = chain.smooth(np.ones(chain.elements))
             if found is not None:
                 # Not the value: with it, memory would wait for the collector of cycles.
                 value, ctx.smoothed = found
+                ctx.together = True
                 ctx.save_for_backward(initial, transition, likelihood)
                 return value
         else:
@@ -139,8 +141,10 @@ class ModeLogNormaliser(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        if ctx.smoothed is not None:
-            weighted, pairs = _weighted(ctx.saved_tensors, ctx.smoothed, grad)
+        if ctx.together:
+            # Given away once: a gradient that is added to in place must not be found here by the next pass.
+            smoothed, ctx.smoothed = ctx.smoothed, None
+            weighted, pairs = _weighted(ctx.saved_tensors, smoothed, grad)
         elif ctx.scaled is not None:
             weighted, pairs = _smooth_apart(ctx.scaled, ctx.known, grad)
         else:
@@ -150,13 +154,13 @@ class ModeLogNormaliser(torch.autograd.Function):
             kernels().smooth_logarithmic(transition, seen, filtered, last, marginal, each)
             pairs = _summed(torch.from_numpy(each) * grad[:, None, None, None], transition.shape)
             weighted = torch.from_numpy(marginal) * grad[:, None, None]
-        return weighted[:, 0], pairs, weighted, None
+        return weighted[:, 0].clone(), pairs, weighted, None
 
 
-def _weighted(potentials: tuple[Tensor, ...], smoothed: Smoothed, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Marginals and pairs of elements that go together, from those with a weight of one."""
+def _weighted(potentials: tuple[Tensor, ...], smoothed: Smoothed | None, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Marginals and pairs of elements that go together, from those with a weight of one where they are still held."""
     common = float(grad[0])
-    if bool((grad != common).any()):
+    if smoothed is None or bool((grad != common).any()):
         again = ModeChain(*potentials).smooth(array(grad))
         assert again is not None  # it went before
         smoothed, common = again[1], 1.0
