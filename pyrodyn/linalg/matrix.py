@@ -9,7 +9,10 @@ from torch.autograd.function import once_differentiable
 
 from pyrodyn.linalg._room import room
 
-CACHED = 1 << 17  # numbers of a matrix that go through a product at once: 1 MB
+CACHED = 1 << 16  # numbers of a matrix that go through a product at once: 512 kB
+STRAIGHT = 900_000  # multiplications up to which OpenBLAS does not first copy both factors
+FEWEST = 64  # rows that are worth a call
+FAR = 1 << 21  # bytes of a matrix of which the nearest cache keeps nothing from one product to the next
 
 
 def broadcast_shapes(*shapes: tuple[int, ...]) -> torch.Size:
@@ -39,21 +42,36 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 @np.errstate(all="ignore")  # infinities and NaN go on, as they do in torch
 def _by_parts(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """A long side, of rows or of what is summed, goes by parts that stay in the cache."""
+    """A long side, of rows or of what is summed, goes by parts that stay in the cache.
+
+    A product reads several rows at a time, which from memory takes up to three times as long as one after another:
+    the parts of a large matrix are summed beforehand, only to have them in the cache.
+    """
     rows, inner = left.shape[-2:]
-    found = room((*broadcast_shapes(left.shape[:-2], right.shape[:-2]), rows, right.shape[-1]))
-    at_once = max(64, CACHED // max(min(rows, inner), right.shape[-1]))
+    columns = right.shape[-1]
+    found = room((*broadcast_shapes(left.shape[:-2], right.shape[:-2]), rows, columns))
+    short = min(rows, inner)
+    at_once = max(FEWEST, CACHED // max(short, columns))
+    straight = STRAIGHT // max(1, short * columns)
+    if straight >= FEWEST:
+        at_once = min(at_once, straight)
     if max(rows, inner) < 2 * at_once:
         np.matmul(left, right, out=found)
     elif rows > inner:
         for start in range(0, rows, at_once):
             some = slice(start, start + at_once)
-            np.matmul(left[..., some, :], right, out=found[..., some, :])
+            part = left[..., some, :]
+            if left.nbytes > FAR:
+                part.sum()
+            np.matmul(part, right, out=found[..., some, :])
     else:
         found[:] = 0.0
         for start in range(0, inner, at_once):
             some = slice(start, start + at_once)
-            found += np.matmul(left[..., some], right[..., some, :])
+            part = right[..., some, :]
+            if right.nbytes > FAR:
+                part.sum()
+            found += np.matmul(left[..., some], part)
     return found
 
 
