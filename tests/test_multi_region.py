@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import warnings
+from dataclasses import replace
 
 import networkx as nx
 import numpy as np
@@ -98,13 +101,40 @@ def test_a_graph_of_edges_is_a_prior():
     graph = nx.DiGraph()
     graph.add_edge("A", "B", probability=0.2)
     model = models.MultiRegionLDS({"A": 1, "B": 1}, edges=graph)
-    assert model.edges is not None and model.edges[0] == ("A", "B", 0.2)
+    assert model.edges is not None and model.edges[0] == ("A", "B", 0.2, 1.0)
     assert model == models.MultiRegionLDS({"A": 1, "B": 1}, edges=[("A", "B", 0.2)])
     seen = recording()
     with random_stream(0), double_precision(), torch.no_grad():
         parameters = model.sample_globals(seen)
     blocks = model.layout(seen)
     assert not bool(parameters.dynamics[blocks.places[0], blocks.places[1]].any())  # B does not drive A
+
+
+def test_the_weight_of_an_edge_can_be_its_prior_scale():
+    graph = nx.DiGraph()
+    graph.add_edge("A", "B", probability=1.0, scale=3.0)
+    graph.add_edge("B", "A", probability=1.0)
+    like = recording().blank()
+    scaled, plain = (
+        models.MultiRegionLDS(2, edges=edges, edge_probability=1.0) for edges in (graph, list(graph.edges))
+    )
+    assert scaled.edges == (("A", "B", 1.0, 3.0), ("B", "A", 1.0, 1.0))
+    wide, layout = scaled.network_prior(like).sd_entry, scaled.layout(like)
+    ratio = layout.matrix(wide / plain.network_prior(like).sd_entry)
+    a, b = layout.places
+    torch.testing.assert_close(ratio[b, a], torch.full((2, 2), 3.0, dtype=torch.float64))
+    torch.testing.assert_close(ratio[a, b], torch.ones(2, 2, dtype=torch.float64))
+    # A connectome's two uses leave each other alone, and the file of a posterior gives the same model back.
+    assert scaled == replace(scaled, edges=json.loads(json.dumps(scaled.edges)))
+    variants = dyn.hypotheses(scaled, recording())
+    assert ("A", "B", 1.0, 3.0) in variants["feedback loop"].edges
+    switching = models.MultiRegionSwitchingLDS(2, 2, edges=graph).blocks(recording()).scale
+    torch.testing.assert_close(switching[b, a] / switching[a, b], torch.full((2, 2), 3.0, dtype=torch.float64))
+    for strange in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ModelError, match=r"prior scale of edge 'A' -> 'B' must be positive"):
+            models.MultiRegionLDS(1, edges=[("A", "B", 0.5, strange)])
+    with pytest.raises(ModelError, match=r"each of edges must be"):
+        models.MultiRegionLDS(1, edges=[("A", "B", 0.5, 1.0, 2.0)])
 
 
 def test_gibbs_wants_a_model_with_conditionals():

@@ -205,7 +205,7 @@ def test_what_a_model_says_of_a_region_holds_where_it_was_recorded():
     pooled.check(recordings)
     assert pooled.of(recordings["s0"]) is model
     part = pooled.of(recordings["s1"])
-    assert part.latent_dim == (("R1", 2), ("R2", 1)) and part.edges == (("R1", "R2", 0.3),)
+    assert part.latent_dim == (("R1", 2), ("R2", 1)) and part.edges == (("R1", "R2", 0.3, 1.0),)
     assert [name for name, _ in part.readout.parts] == ["R2", "R1"]
     law = pooled.law(recordings)
     assert law.edges == (("R1", "R2"), ("R3", "R2"))

@@ -47,13 +47,14 @@ def hypotheses(
             f"regions: {present}"
         )
     pair = {source, target}
-    others = [(edge.source, edge.target, 1.0) for edge in model.possible_edges(recording)]
-    others = [edge for edge in others if {edge[0], edge[1]} != pair]
+    sure = [edge._replace(probability=1.0) for edge in model.possible_edges(recording)]
+    others = [edge for edge in sure if {edge.source, edge.target} != pair]
+    scale = {(edge.source, edge.target): edge.scale for edge in sure}
 
     def variant(*edges: tuple[str, str], common: bool = False) -> MultiRegionLDS:
         return replace(
             model,
-            edges=(*others, *((s, t, 1.0) for s, t in edges)),
+            edges=(*others, *((*edge, 1.0, scale.get(edge, 1.0)) for edge in edges)),
             global_dim=max(1, model.global_dim) if common else 0,
             shared_innovations=max(1, model.shared_innovations) if common else 0,
         )

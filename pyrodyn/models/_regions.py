@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -48,11 +49,12 @@ class MultiRegionParameters(NamedTuple):
 
 
 class Edge(NamedTuple):
-    """An edge that may exist, and its prior probability."""
+    """An edge that may exist, its prior probability, and its prior scale as a multiple of the others'."""
 
     source: str
     target: str
     probability: float
+    scale: float = 1.0
 
 
 def checked_dims(latent_dim: Any) -> int | tuple[tuple[str, int], ...]:
@@ -76,19 +78,23 @@ def checked_dims(latent_dim: Any) -> int | tuple[tuple[str, int], ...]:
 
 
 def checked_edges(edges: Any, probability: float) -> tuple[Edge, ...] | None:
-    """Edges (source, target, prior probability) from a graph or a sequence."""
+    """Edges (source, target, prior probability, prior scale) from a graph or a sequence."""
     if edges is None:
         return None
     if isinstance(edges, nx.Graph):
         if not edges.is_directed():
             raise ModelError("edges must be a networkx.DiGraph: an undirected graph does not say who drives whom")
-        edges = [(s, t, data.get("probability", probability)) for s, t, data in edges.edges(data=True)]
+        given = edges.edges(data=True)
+        edges = [(s, t, data.get("probability", probability), data.get("scale", 1.0)) for s, t, data in given]
     found = []
     for edge in edges:
-        given = edge[2] if len(edge) == 3 else probability
-        if isinstance(edge, str) or len(edge) not in (2, 3) or not isinstance(given, Real):
-            raise ModelError(f"each of edges must be (source, target) or (source, target, probability), got {edge!r}")
-        source, target, share = str(edge[0]), str(edge[1]), float(given)
+        given = (*edge[2:], *(probability, 1.0)[len(edge) - 2 :])
+        if isinstance(edge, str) or len(given) != 2 or not all(isinstance(number, Real) for number in given):
+            raise ModelError(
+                "each of edges must be (source, target), with its prior probability and its prior scale behind them "
+                f"where it has its own, got {edge!r}"
+            )
+        source, target, share, scale = str(edge[0]), str(edge[1]), *map(float, given)
         if source == target:
             raise ModelError(f"edges holds {source!r} -> {target!r}: a region's own dynamics are always there; drop it")
         if not 0.0 < share <= 1.0:
@@ -96,7 +102,9 @@ def checked_edges(edges: Any, probability: float) -> tuple[Edge, ...] | None:
                 f"the prior probability of edge {source!r} -> {target!r} must lie in (0, 1], got {share}; leave out an "
                 "edge that cannot exist"
             )
-        found.append(Edge(source, target, share))
+        if not 0.0 < scale < math.inf:
+            raise ModelError(f"the prior scale of edge {source!r} -> {target!r} must be positive, got {scale}")
+        found.append(Edge(source, target, share, scale))
     if len({edge[:2] for edge in found}) < len(found):
         raise ModelError("edges holds an edge twice")
     return tuple(found)
@@ -198,14 +206,14 @@ def _check_activity(recording: Recording, name: str, units: Tensor) -> None:
 
 
 def entry_prior(
-    layout: NetworkLayout, probability: Tensor, persistence: float, coupling_scale: float
+    layout: NetworkLayout, edges: Sequence[Edge], persistence: float, coupling_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Mean and sd of every entry of the dynamics, (entry,)."""
+    """Mean and sd of every entry of the dynamics, (entry,); ``edges`` are the layout's."""
     mean = torch.zeros(len(layout.edge), dtype=torch.float64)
     sd = torch.full_like(mean, COMMON_SD)
     sources = torch.zeros(layout.num_regions, dtype=torch.float64)
-    for (target, _), share in zip(layout.edges, probability, strict=True):
-        sources[target] += share
+    for (target, _), edge in zip(layout.edges, edges, strict=True):
+        sources[target] += edge.probability
     group, rows, columns = layout.group, layout.rows, layout.columns
     dims = torch.tensor(layout.dims, dtype=torch.float64)
     own = (layout.edge < 0) & (group[rows] == group[columns])
@@ -214,9 +222,10 @@ def entry_prior(
     sd[held] = OWN_SD / dims[group[rows[held]]].sqrt()
     slow = own & (group[rows] < 0)
     mean[slow], sd[slow] = SLOW, SLOW_SD
-    edge = layout.edge >= 0
-    target, source = group[rows[edge]], group[columns[edge]]
-    sd[edge] = coupling_scale / (sources[target].clamp(min=1.0) * dims[target] * dims[source]).sqrt()
+    held = layout.edge >= 0
+    target, source = group[rows[held]], group[columns[held]]
+    scale = coupling_scale * torch.tensor([edge.scale for edge in edges], dtype=torch.float64)[layout.edge[held]]
+    sd[held] = scale / (sources[target].clamp(min=1.0) * dims[target] * dims[source]).sqrt()
     return mean, sd
 
 

@@ -26,14 +26,14 @@ class Blocks:
         Latents of each region.
     edges : tuple of (int, int)
         Edges (target, source).
-    coupling_scale : float
-        Root mean square of the Frobenius norm of the blocks of all edges into a region.
+    scales : tuple of float
+        Of each edge: root mean square of the Frobenius norm of its block, times the root of the target's edges.
     """
 
     names: tuple[str, ...]
     dims: tuple[int, ...]
     edges: tuple[tuple[int, int], ...] = ()
-    coupling_scale: float = 1.0
+    scales: tuple[float, ...] = ()
 
     @classmethod
     def undivided(cls, latent_dim: int) -> Blocks:
@@ -62,10 +62,10 @@ class Blocks:
         found = torch.zeros(self.size, self.size, dtype=torch.float64)
         for place, dim in zip(self.places, self.dims, strict=True):
             found[place, place] = dim**-0.5
-        for target, source in self.edges:
+        for (target, source), scale in zip(self.edges, self.scales, strict=True):
             number = sum(other == target for other, _ in self.edges)
             entries = number * self.dims[target] * self.dims[source]
-            found[self.places[target], self.places[source]] = self.coupling_scale * entries**-0.5
+            found[self.places[target], self.places[source]] = scale * entries**-0.5
         return found
 
     @cached_property

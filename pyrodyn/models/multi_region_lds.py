@@ -53,15 +53,16 @@ class MultiRegionLDS(StateSpaceModel):
 
     **Priors.** Entries of :math:`A_{rr}` are normal about ``persistence`` times the identity; a block
     :math:`A_{rs}` has a Frobenius norm of ``coupling_scale`` (root mean square, divided by the root of the expected
-    number of sources of r); edges are there with their prior probability; and the whole is stable (see `NetworkPrior`).
-    The scales of signals, initial states and time-locked inputs are learned.
+    number of sources of r, and times the scale of its edge); edges are there with their prior probability; and the
+    whole is stable (see `NetworkPrior`). The scales of signals, initial states and time-locked inputs are learned.
 
     Parameters
     ----------
     latent_dim : int or mapping of region to int
         Latents of each region. An int serves for every region of the recording.
-    edges : networkx.DiGraph or sequence of (source, target[, probability]), optional
-        Edges that may exist; all by default. An edge attribute ``probability`` is its prior probability.
+    edges : networkx.DiGraph or sequence of (source, target[, probability[, scale]]), optional
+        Edges that may exist; all by default. An edge attribute ``probability`` is its prior probability; ``scale``,
+        1 where it is not given, multiplies the prior scale of its block. Weights of a connectome can be either.
     edge_probability : float
         Prior probability of edges that state none. 1 keeps all edges.
     edge_prior : str
@@ -199,9 +200,9 @@ class MultiRegionLDS(StateSpaceModel):
 
     def network_prior(self, recording: Recording) -> NetworkPrior | HorseshoeNetwork:
         """Prior of the dynamics."""
-        layout, device = self.layout(recording), recording.scale.device
-        probability = torch.tensor([edge.probability for edge in self.possible_edges(recording)], dtype=torch.float64)
-        mean, sd = _regions.entry_prior(layout, probability, self.persistence, self.coupling_scale)
+        layout, device, edges = self.layout(recording), recording.scale.device, self.possible_edges(recording)
+        probability = torch.tensor([edge.probability for edge in edges], dtype=torch.float64)
+        mean, sd = _regions.entry_prior(layout, edges, self.persistence, self.coupling_scale)
         kind = HorseshoeNetwork if self.edge_prior == HORSESHOE else NetworkPrior
         return kind(layout, mean.to(device), sd.to(device), probability.to(device))
 

@@ -50,15 +50,16 @@ class MultiRegionSwitchingLDS(SwitchingModel):
     num_modes : int
     latent_dim : int or mapping of region to int
         Latents of each region. An int serves for every region of the recording.
-    edges : networkx.DiGraph or sequence of (source, target[, probability]), optional
-        Edges that may exist, in all modes; all by default. An edge attribute ``probability`` is its prior probability.
+    edges : networkx.DiGraph or sequence of (source, target[, probability[, scale]]), optional
+        Edges that may exist, in all modes; all by default. Edge attributes ``probability`` and ``scale`` are as in
+        `MultiRegionLDS`.
     edge_probability : float
         Prior probability of edges that state none, in every mode.
     recurrent : bool
         Whether the states of all regions, and the inputs, enter the transitions.
     readout : Readout, or mapping of region to Readout
     coupling_scale : float
-        Root mean square of the Frobenius norm of the blocks of all edges into a region.
+        Root mean square of the Frobenius norm of the blocks of all edges into a region, where all have a scale of 1.
     stickiness, concentration, persistence, dynamics_scale, bias_scale : float
         As in `SwitchingLDS`.
     max_radius : float
@@ -113,7 +114,7 @@ class MultiRegionSwitchingLDS(SwitchingModel):
         names, dims = zip(*((name, dim) for name, dim, _ in _regions.regions_of(self, recording)), strict=True)
         edges = _regions.possible_edges(self, recording)
         pairs = tuple((names.index(edge.target), names.index(edge.source)) for edge in edges)
-        return Blocks(names, dims, pairs, self.coupling_scale)
+        return Blocks(names, dims, pairs, tuple(self.coupling_scale * edge.scale for edge in edges))
 
     def step_prior(self, recording: Recording) -> StepPrior:
         return StepPrior(
