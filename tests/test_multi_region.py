@@ -14,8 +14,11 @@ import torch
 
 import pyrodyn as dyn
 from pyrodyn import inference, models, plots, readouts
+from pyrodyn.conditionals.paths import levelled
 from pyrodyn.errors import ModelError
+from pyrodyn.inference.density import LogDensity
 from pyrodyn.inference.engine import double_precision, random_stream
+from pyrodyn.inference.mode import Rescaled, ascend
 from pyrodyn.models._regions_rows import _persistence
 from pyrodyn.program import globals_given
 from pyrodyn.systems import coupled_regions
@@ -179,6 +182,36 @@ def test_ranks_of_truths_are_uniform(readout):
     names = found["quantity"].values.astype(str)
     edges = found.isel(quantity=[i for i, name in enumerate(names) if name in ("presence[1]", "presence[2]")])
     assert abs(float(edges["mean"].mean() - edges["truth"].mean())) < 0.15
+
+
+def test_pseudo_observations_of_gaussian_data_are_the_data():
+    data = recording(np.random.default_rng(0).normal(size=(3, 20, 6)))
+    model = models.MultiRegionLDS(1, readout=readouts.Gaussian(), time_bumps=0)
+    values = model.initial_values(data)
+    with random_stream(0), torch.no_grad():
+        program, _ = levelled(model, globals_given(model, values, data), data, None, 2)
+        torch.testing.assert_close(program.values, data.values)
+        torch.testing.assert_close(program.noise, values["noise_sd"])
+        found = LogDensity(program, data)
+        exact = LogDensity(inference.collapse(model), data)
+        held = {name: value for name, value in values.items() if name != "noise_sd"}
+        moved = held | {"network": 0.9 * values["network"]}
+        gain = found(found.unconstrain(moved | {"noise_sd": values["noise_sd"]})) - found(found.unconstrain(values))
+        expected = exact(exact.unconstrain(moved | {"noise_sd": values["noise_sd"]})) - exact(exact.unconstrain(values))
+    torch.testing.assert_close(gain, expected)
+
+
+def test_a_climb_in_coordinates_of_unit_curvature_gets_further():
+    data = coupled_regions(regions=2, units=8, trials=5, bins=100, mean_count=0.5, seed=3).recording
+    model = models.MultiRegionLDS(2, time_bumps=0)
+    values = model.initial_values(data)
+    with random_stream(0), double_precision():
+        program, _ = levelled(model, globals_given(model, values, data), data, None, 2)
+        density = LogDensity(program, data)
+        start = density.unconstrain(values)
+        rescaled = Rescaled(density, start).ascend(start, 25, "", 1e-13)
+    plain, _ = ascend(density, start, 25, "", 1e-13)
+    assert float(density(rescaled)) > float(density(plain)) + 10.0
 
 
 def test_gibbs_draws_stand_for_the_program():

@@ -21,10 +21,10 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyrodyn.conditioning import gaussian_potential, outer
+from pyrodyn.conditioning import gaussian_potential, outer, path_evidence
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.program import trial_plate
-from pyrodyn.readouts import AffineReadout
+from pyrodyn.readouts import AffineReadout, Gaussian
 from pyrodyn.recording import Recording
 
 KICKS = 2  # to a trajectory
@@ -178,21 +178,60 @@ def settled(
 
 
 @dataclass(frozen=True)
-class Referenced:
-    """A program with its path integrated out under a fixed `Reference`: a climb on it needs no search for the path."""
+class Levelled:
+    """A program with its path integrated out under pseudo-observations, as if they were Gaussian.
+
+    Their noise is the same in all bins, so that all trials share one factorisation and a gradient costs a twentieth of
+    that under a `Reference`, whose curvature changes from bin to bin. Where the centre is the path's mean, the slope in
+    the parameters is nearly the same.
+    """
 
     model: Any
-    reference: Reference
+    values: Tensor  # (trial, time, unit)
+    noise: Tensor  # (unit)
 
     def __call__(self, recording: Recording) -> Tensor:
         prior, readout = factors(self.model, self.model.sample_globals(recording), recording)
-        near = prior.condition(*self.reference.potential(readout))
-        apart = readout.offset - self.reference.centre
-        at_zero = (apart * (self.reference.score - 0.5 * self.reference.curvature * apart)).sum((-2, -1))
-        evidence = at_zero + near.log_normaliser - prior.log_normaliser
+        evidence = path_evidence(prior, _as_gaussian(readout, self.noise), self.values)
         with trial_plate(recording):
             pyro.factor("observations", evidence)
         return evidence
+
+
+def levelled(
+    model: Any, parameters: Any, recording: Recording, centre: Tensor | None, rounds: int
+) -> tuple[Levelled, Tensor]:
+    """Pseudo-observations about the mean path that they give themselves, and its predictor (trial, time, unit).
+
+    Scores and curvatures are averaged over the path's spread. Without a ``centre`` to start from, predictors do not
+    move with the path at first.
+    """
+    prior, readout = factors(model, parameters, recording)
+    observations, mask = recording.values, recording.mask
+    seen = observations[..., 0].numel() if mask is None else mask.sum((0, 1)).clamp(min=1)
+    if centre is None:
+        centre = readout.offset.expand(*readout.batch_shape, *readout.event_shape)
+
+    def about(centre: Tensor, spread: list[Tensor]) -> Levelled:
+        expanded = [readout.expand_log(centre + side, observations)[1:] for side in spread]
+        score, curvature = (torch.stack(part).mean(0) for part in zip(*expanded, strict=True))
+        level = (curvature.reshape(observations.shape).sum((0, 1)) / seen).clamp(min=LEAST_CURVATURE)
+        return Levelled(model, (centre + score / level).reshape(observations.shape), level.rsqrt())
+
+    found = about(centre, [torch.zeros((), dtype=torch.float64)])
+    for _ in range(rounds):
+        near = prior.condition(*gaussian_potential(_as_gaussian(readout, found.noise), found.values))
+        mean = readout.predict(near.mean)
+        centre = centre + (mean - centre).clamp(-2.0, 2.0)
+        apart = [readout.predict(near.draw(torch.randn_like(near.mean))) - mean for _ in range(SPREAD)]
+        found = about(centre, [side for part in apart for side in (part, -part)])
+    return found, centre
+
+
+def _as_gaussian(readout: AffineReadout, noise: Tensor) -> AffineReadout:
+    """The same predictors, seen with Gaussian noise of these sds (unit)."""
+    offset = readout.offset.squeeze(-2)
+    return AffineReadout(Gaussian(), readout.path, readout.loading, offset, noise.expand_as(offset), readout.observed)
 
 
 def factors(model: Any, parameters: Any, recording: Recording) -> tuple[GaussMarkov, AffineReadout]:

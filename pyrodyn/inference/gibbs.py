@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from pyrodyn.checkpoint import StateStore
-from pyrodyn.conditionals.paths import Referenced, factors, settled
+from pyrodyn.conditionals.paths import levelled
 from pyrodyn.errors import ModelError, NonFiniteError
 from pyrodyn.inference.collapse import Collapsed, collapse, collapses
 from pyrodyn.inference.density import LogDensity
 from pyrodyn.inference.engine import NEAR, Draws, double_precision, random_stream
-from pyrodyn.inference.mode import ascend
+from pyrodyn.inference.mode import Rescaled, ascend
 from pyrodyn.program import IntegratedModel, Program, globals_given
 from pyrodyn.progress import progress
 from pyrodyn.recording import Recording
 
-ROUNDS, CLIMB = 4, 160  # renewals of the reference, and steps of L-BFGS in all, on the way to the start
+ROUNDS, CLIMB = 5, 200  # renewals of the pseudo-observations, and steps of L-BFGS in all, on the way to the start
 PATHS = 100  # drawn paths that are kept
 STATE = "state/"
 
@@ -133,7 +133,7 @@ def _start(model: Any, recording: Any) -> Any:
 
 
 def climb(model: Any, recording: Recording) -> dict[str, Tensor]:
-    """Values of the globals near the posterior mode, counts taken as Gaussian about a reference that follows.
+    """Values of the globals near the posterior mode, counts taken as Gaussian about a path that follows.
 
     A model whose path cannot be integrated out brings a start that is good enough as it is.
     """
@@ -143,13 +143,17 @@ def climb(model: Any, recording: Recording) -> dict[str, Tensor]:
     if isinstance(model, IntegratedModel) or model.readout.is_gaussian:
         density = LogDensity(collapse(model), recording)
         return density.constrain(ascend(density, density.unconstrain(values), CLIMB, "Gibbs: start", NEAR)[0])
-    reference = None
-    for _ in range(ROUNDS):
-        reference = settled(
-            *factors(model, globals_given(model, values, recording), recording), recording.values, reference, 2
-        )
-        density = LogDensity(Referenced(model, reference), recording)
-        vector = ascend(density, density.unconstrain(values), CLIMB // ROUNDS, "Gibbs: start", NEAR)[0]
+    centre = None
+    for turn in range(ROUNDS):
+        parameters = globals_given(model, values, recording)
+        program, centre = levelled(model, parameters, recording, centre, 2 if turn else 4)
+        density = LogDensity(program, recording)
+        vector = density.unconstrain(values)
+        # The curvature is read where the first steps lead: that of the first guess may point to another mode.
+        if turn:
+            vector = Rescaled(density, vector).ascend(vector, CLIMB // ROUNDS, "Gibbs: start", NEAR)
+        else:
+            vector = ascend(density, vector, CLIMB // ROUNDS, "Gibbs: start", NEAR)[0]
         values = density.constrain(vector)
     return values
 

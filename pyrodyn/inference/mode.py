@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyrodyn.errors import NonFiniteError
+from pyrodyn.inference.density import LogDensity
 from pyrodyn.progress import progress
 
 STEP = 1e-4  # of the central differences, in unconstrained coordinates, whose posterior sds are of order .01 to 1
@@ -16,6 +17,8 @@ SUFFICIENT, CURVATURE = 1e-4, 0.9  # Wolfe's constants
 FLAT = 1e-5  # largest entry of the gradient at which there is nowhere to climb
 TRIALS = 30  # steps tried in one line search
 ROUNDING = 1e-11  # of the size of a log density: what a sum over bins may be off by
+PROBES = 8  # random signs from which a diagonal of the Hessian is read
+LEAST_SHARE = 0.1  # of the mean curvature of a site: the reading of a single entry is noisy
 
 
 class Hill(Protocol):
@@ -28,6 +31,39 @@ class Hill(Protocol):
     def culprit(self, vector: Tensor) -> str:
         """The site at which it is not finite."""
         ...
+
+
+class Rescaled:
+    """A log density in coordinates of about unit curvature at ``vector`` (dimension,).
+
+    The log likelihood of an entry of the dynamics may be a thousand times as curved as that of a loading; a climb that
+    starts without knowing it hardly moves the loadings. The diagonal of the Hessian is read off products with random
+    signs (Bekas, Kokiopoulou & Saad, Appl. Numer. Math. 57:1214, 2007).
+    """
+
+    def __init__(self, density: LogDensity, vector: Tensor) -> None:
+        self.density = density
+        signs = 2.0 * torch.randint(2, (PROBES, len(vector)), device=vector.device).to(vector.dtype) - 1.0
+        curvature = torch.zeros_like(vector)
+        for sign in signs:
+            ahead, behind = (density.gradient(vector + side * STEP * sign)[1] for side in (1.0, -1.0))
+            curvature += sign * (behind - ahead) / (2.0 * STEP * PROBES)
+        self.scale = torch.ones_like(vector)
+        for site in density.sites:
+            own = curvature[site.place]
+            least = max(1.0, LEAST_SHARE * float(own.mean().abs()))
+            self.scale[site.place] = own.clamp(min=least).rsqrt()
+
+    def ascend(self, vector: Tensor, max_steps: int, label: str, tolerance: float) -> Tensor:
+        """Climb from ``vector``; both it and the result are in the coordinates of the density."""
+        return ascend(self, vector / self.scale, max_steps, label, tolerance)[0] * self.scale
+
+    def gradient(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        value, slope = self.density.gradient(vector * self.scale)
+        return value, slope * self.scale
+
+    def culprit(self, vector: Tensor) -> str:
+        return self.density.culprit(vector * self.scale)
 
 
 def ascend(density: Hill, start: Tensor, max_steps: int, label: str, tolerance: float = 1e-13) -> tuple[Tensor, Tensor]:
