@@ -22,7 +22,8 @@ help:  ## this list
 
 venv: $(INSTALLED)
 
-# The constraints hold for Python 3.11; a newer Python takes the newest versions that the metadata allow.
+# The constraints hold for Python 3.11; a newer Python takes the newest versions that the metadata allow. Modules are
+# compiled where they are imported: most never are, and all of them take a minute.
 $(INSTALLED): pyproject.toml constraints/py311.txt
 	$(PYTHON) -m venv --clear $(VENV)
 	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then \
@@ -30,7 +31,7 @@ $(INSTALLED): pyproject.toml constraints/py311.txt
 	else \
 	    constraints=""; \
 	fi; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[nwb,demo,geometry,dev]' $$constraints
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --editable '.[nwb,demo,geometry,dev]' $$constraints
 	touch $@
 
 demo: $(INSTALLED)  ## fit real recordings under two engines and draw the results
@@ -68,7 +69,7 @@ PEERS := .venv-peers
 
 $(PEERS)/.installed: constraints/peers.txt
 	$(PYTHON) -m venv --clear $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement constraints/peers.txt
+	$(PEERS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --requirement constraints/peers.txt
 	touch $@
 
 bench: $(INSTALLED) $(PEERS)/.installed  ## time kernels and engines beside their peers: benchmarks/bench_*.py
