@@ -98,30 +98,34 @@ def test_the_evidence_is_the_sum_over_step_times_and_directions(phases):
     assert globals_given(model, sites, recording).step_time.item() == pytest.approx(mean, rel=1e-9)
 
 
-@pytest.mark.parametrize("bound", [True, False])
-def test_the_evidence_of_a_ramp_is_a_dense_forward_pass(bound):
-    row = zoo.row("Accumulator-conditions-ragged" if bound else "Accumulator-no-bound-missing")
+@pytest.mark.parametrize("kind", ["conditions-ragged", "no-bound-missing", "collapsing-missing"])
+def test_the_evidence_of_a_ramp_is_a_dense_forward_pass(kind):
+    row = zoo.row(f"Accumulator-{kind}")
     recording = row.recording
     parameters = drawn(row, recording, ())
     model, found = row.model, row.model.evidence(drawn(row, recording, ()), recording, recording.values)
+    bound, collapse = model.bound, 0.0 if parameters.collapse is None else parameters.collapse.item()
+    gains = 1.0 + collapse * recording.bin_width * np.arange(recording.num_bins + 1)
     grid = model.positions.numpy()[: model.grid]
     sd = parameters.diffusion.item() * np.sqrt(recording.bin_width)
     which = model.which(recording)
     for i in range(recording.num_trials):
         drift = parameters.drift.reshape(-1)[which[i]].item() * recording.bin_width
 
-        def step(x, drift=drift):
-            weight = st.norm.pdf(grid, x + drift, sd)
-            beyond = st.norm.sf(1.0, x + drift, sd) if bound else 0.0
+        def step(x, t, drift=drift):
+            mean, spread = gains[t + 1] * (x / gains[t] + drift), gains[t + 1] * sd
+            weight = st.norm.pdf(grid, mean, spread)
+            beyond = st.norm.sf(1.0, mean, spread) if bound else 0.0
             inside = weight / weight.sum() * (1.0 - beyond)
             return np.append(inside, beyond) if bound else inside
 
-        after = np.array([step(x) for x in grid] + ([np.eye(model.grid + 1)[-1]] if bound else []))
         gain = np.exp(parameters.offset.numpy().reshape(-1)) / recording.bin_width
         rates = np.logaddexp(0.0, gain * model.positions.numpy()[:, None]) * recording.bin_width
-        belief, total = step(parameters.start.item()), 0.0
+        belief, total = step(parameters.start.item(), 0), 0.0
         for t in range(recording.num_bins):
-            belief = belief if t == 0 else belief @ after
+            if t:
+                after = np.array([step(x, t) for x in grid] + ([np.eye(model.grid + 1)[-1]] if bound else []))
+                belief = belief @ after
             seen = np.ones(recording.num_units) if recording.mask is None else recording.mask[i, t].numpy()
             belief = belief * np.exp((seen * st.poisson.logpmf(recording.values[i, t].numpy(), rates)).sum(-1))
             total += np.log(belief.sum())
@@ -140,19 +144,25 @@ def ramp_sites(bound=True):
     )
 
 
-def test_the_evidence_of_a_ramp_is_the_mean_over_simulated_diffusions():
+@pytest.mark.parametrize("collapse", [0.0, 2.0])
+def test_the_evidence_of_a_ramp_is_the_mean_over_simulated_diffusions(collapse):
     counts, width, paths = np.array([0, 1, 2, 2, 4, 3, 4, 4]), 0.05, 400_000
-    model = models.Accumulator(grid=200)
+    model = models.Accumulator(grid=200, collapse=collapse)
     sites = ramp_sites() | {
         "drift": torch.tensor([[0.8]], dtype=torch.float64),
         "offset": torch.tensor([[1.0]], dtype=torch.float64),
     }
+    if collapse:
+        sites["collapse"] = torch.tensor([[collapse]], dtype=torch.float64)
     recording = trial_of(counts, width)
     found = model.evidence(globals_given(model, sites, recording), recording, recording.values).item()
     rng = np.random.default_rng(0)
-    x, likelihood = np.full(paths, 0.5), np.zeros(paths)
-    for count in counts:
-        x = np.where(x >= 1.0, 1.0, x + 0.8 * width + 0.3 * np.sqrt(width) * rng.normal(size=paths)).clip(max=1.0)
+    evidence, likelihood, decided = np.full(paths, 0.5), np.zeros(paths), np.zeros(paths, bool)
+    for t, count in enumerate(counts):
+        evidence += 0.8 * width + 0.3 * np.sqrt(width) * rng.normal(size=paths)
+        bound = 1.0 / (1.0 + collapse * (t + 1) * width)
+        decided |= evidence >= bound
+        x = np.where(decided, 1.0, evidence / bound)
         likelihood += st.poisson.logpmf(count, np.logaddexp(0.0, np.e / width * x) * width)
     weight = np.exp(likelihood - likelihood.max())
     error = weight.std() / weight.mean() / np.sqrt(paths)
@@ -203,10 +213,11 @@ def test_drawn_paths_occur_as_often_as_their_posterior_says():
 
 
 @pytest.mark.parametrize("few", [0, 10])
-def test_draws_and_conditions_are_those_of_chains_taken_alone(few, monkeypatch):
+@pytest.mark.parametrize("steps", [1, 5])
+def test_draws_and_conditions_are_those_of_chains_taken_alone(steps, few, monkeypatch):
     monkeypatch.setattr("pyrodyn.distributions.modes.FEW", few)  # both ways through the filter
     generator = torch.Generator().manual_seed(0)
-    start, links = (torch.randn(2, 1, 3, *shape, generator=generator).double() for shape in ((4,), (4, 4)))
+    start, links = (torch.randn(2, 1, 3, *shape, generator=generator).double() for shape in ((4,), (steps, 4, 4)))
     which = torch.tensor([2, 0, 2, 1])
     seen = torch.randn(4, 6, 4, generator=generator).double()
     law = ConditionedModes(start, links, which, 6)
@@ -255,6 +266,10 @@ def test_steps_and_ramps_are_told_apart_and_their_parameters_recovered():
         (models.Accumulator, {"conditions": ("a", "a")}, "conditions"),
         (models.Accumulator, {"grid": 3}, "grid"),
         (models.Accumulator, {"lower": 0.2}, "lower"),
+        (models.Accumulator, {"upper": 0.9}, "upper"),
+        (models.Accumulator, {"collapse": 1.0, "bound": False}, "collapse"),
+        (models.Race, {"accumulators": 1}, "accumulators"),
+        (models.Race, {"accumulators": 3}, "set grid to 26 or less"),
         (models.Accumulator, {"diffusion": -1.0}, "diffusion"),
     ],
 )

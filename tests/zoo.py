@@ -389,6 +389,7 @@ MODELS += (
 )
 
 DIRECTIONS = "up and down exchanged"
+RACERS = "another numbering of the accumulators"
 NONE = "none"
 PLACES = tuple(tuple(0.5 + 20.0 * np.exp(-0.5 * (np.arange(5) - peak) ** 2)) for peak in (0, 1, 3, 4))
 
@@ -405,6 +406,13 @@ MODELS += (
         models.Accumulator(("a", "b"), grid=25),
         lambda: blank(lengths=[9, 4, 1], conditions=("a", "b")),
         NONE,
+    ),
+    Row("Accumulator-collapsing-missing", models.Accumulator(grid=25, collapse=1.0), lambda: blank(missing=0.2), NONE),
+    Row(
+        "Race-conditions-ragged-missing",
+        models.Race(("a", "b"), grid=10, lower=0.0, diffusion=0.5),
+        lambda: blank(lengths=[9, 4, 1], missing=0.2, conditions=("a", "b")),
+        RACERS,
     ),
     Row(
         "Replay-ragged-missing",

@@ -72,8 +72,8 @@ class ConditionedModes(TorchDistribution):
     ----------
     initial : Tensor, (*draw, 1, condition, mode)
         Log probabilities of the first mode.
-    transition : Tensor, (*draw, 1, condition, mode, mode)
-        Log probabilities, rows from a mode, columns to the next.
+    transition : Tensor, (*draw, 1, condition, step, mode, mode)
+        Log probabilities, rows from a mode, columns to the next; of every step from bin to bin, or one for all.
     which : Tensor of int, (trial,)
         Condition of every trial.
     num_bins : int
@@ -83,7 +83,7 @@ class ConditionedModes(TorchDistribution):
 
     def __init__(self, initial: Tensor, transition: Tensor, which: Tensor, num_bins: int) -> None:
         self.initial, self.transition, self.which = initial, transition, which
-        batch = broadcast_shapes(initial.shape[:-2], transition.shape[:-3], which.shape)
+        batch = broadcast_shapes(initial.shape[:-2], transition.shape[:-4], which.shape)
         super().__init__(batch, torch.Size((num_bins,)), validate_args=False)
 
     @constraints.dependent_property(is_discrete=True, event_dim=1)
@@ -96,8 +96,9 @@ class ConditionedModes(TorchDistribution):
         which = self.which.unsqueeze(-1)
         first = self.initial.flatten(-2).expand(*value.shape[:-1], -1)
         start = first.gather(-1, which * modes + value[..., :1]).squeeze(-1)
-        rows = self.transition.flatten(-3).expand(*value.shape[:-1], -1)
-        steps = (which * modes + value[..., :-1]) * modes + value[..., 1:]
+        rows, times = self.transition.flatten(-4).expand(*value.shape[:-1], -1), self.transition.shape[-3]
+        time = torch.arange(value.shape[-1] - 1, device=value.device).clamp(max=times - 1)
+        steps = ((which * times + time) * modes + value[..., :-1]) * modes + value[..., 1:]
         return start + rows.gather(-1, steps).sum(-1)
 
     def log_normaliser(self, likelihood: Tensor) -> Tensor:
@@ -123,16 +124,16 @@ class ConditionedModes(TorchDistribution):
             part.squeeze(-part_dims)
             .expand(*lead, *part.shape[1 - part_dims :])
             .reshape(-1, *part.shape[1 - part_dims :])
-            for part, part_dims in ((self.initial, 3), (self.transition, 4))
+            for part, part_dims in ((self.initial, 3), (self.transition, 5))
         )
         likelihood = likelihood.expand(*lead, *likelihood.shape[-3:]).reshape(-1, *likelihood.shape[-3:])
         if likelihood.shape[-1] <= FEW:
-            own = function(initial[:, self.which], transition[:, self.which].unsqueeze(-3), likelihood)
+            own = function(initial[:, self.which], transition[:, self.which], likelihood)
             return own.reshape(*lead, *own.shape[1:])
         groups = list(self._groups())
         back = torch.cat([trials for _, trials in groups]).argsort()
         found = [
-            torch.cat([function(start[c], links[c].unsqueeze(0), seen[trials]) for c, trials in groups])[back]
+            torch.cat([function(start[c], links[c], seen[trials]) for c, trials in groups])[back]
             for start, links, seen in zip(initial, transition, likelihood, strict=True)
         ]
         return torch.stack(found).reshape(*lead, *found[0].shape)
@@ -146,7 +147,7 @@ class ConditionedModes(TorchDistribution):
         lead = torch.Size(batch_shape)[:-1]
         return ConditionedModes(
             self.initial.expand(*lead, 1, *self.initial.shape[-2:]),
-            self.transition.expand(*lead, 1, *self.transition.shape[-3:]),
+            self.transition.expand(*lead, 1, *self.transition.shape[-4:]),
             self.which.expand(batch_shape[-1]),
             self.event_shape[0],
         )

@@ -12,6 +12,7 @@ from pyrodyn.models.multi_region_lds import MultiRegionLDS
 from pyrodyn.models.multi_region_switching_lds import MultiRegionSwitchingLDS
 from pyrodyn.models.neural_ode import NeuralODE
 from pyrodyn.models.neural_sde import NeuralSDE
+from pyrodyn.models.race import Race
 from pyrodyn.models.replay import Replay, place_fields, replay_categories
 from pyrodyn.models.stepping import Stepping
 from pyrodyn.models.switching_lds import SwitchingLDS
@@ -32,6 +33,7 @@ __all__ = [
     "MultiRegionSwitchingLDS",
     "NeuralODE",
     "NeuralSDE",
+    "Race",
     "Replay",
     "SmoothPrior",
     "StaticPrior",

@@ -52,7 +52,11 @@ class ConditionedChain(IntegratedModel):
 
     @abstractmethod
     def chain(self, parameters: Any, recording: Recording) -> tuple[Tensor, Tensor]:
-        """Log probabilities of the first state (*draw, 1, condition, state) and of transitions, from state to state."""
+        """Log probabilities of the first state (*draw, 1, condition, state) and of transitions from state to state.
+
+        Transitions are (*draw, 1, condition, step, state, state), with one step that stands for all or as many as the
+        recording has.
+        """
 
     @abstractmethod
     def predictor(self, parameters: Any, recording: Recording) -> Tensor:
@@ -144,31 +148,34 @@ class ConditionedChain(IntegratedModel):
         return mode_log_likelihood(Poisson(), predictor, None, observations, recording.mask)
 
     def _event_dims(self, parameters: Any) -> dict[str, int]:
+        """Of the parameters that there are."""
         return {name: len(dims) for name, (dims, _) in self.label(parameters).items()}
 
     def _lead(self, parameters: Any) -> torch.Size:
         """The draw dimensions of the parameters."""
         dims = self._event_dims(parameters)
-        return broadcast_shapes(*(value.shape[: -dims[name] - 1] for name, value in parameters._asdict().items()))
+        return broadcast_shapes(*(getattr(parameters, name).shape[: -size - 1] for name, size in dims.items()))
 
     def _in_batches(self, parameters: Any, lead: torch.Size, recording: Recording) -> Iterator[tuple[slice, Any]]:
         """The parameters of some draws at a time, (draw, 1, *event), and which they are.
 
         The transitions of a grid of positions are large: those of all draws at once would fill the memory.
         """
-        dims = self._event_dims(parameters)
         flat = {}
-        for name, value in parameters._asdict().items():
-            event = value.shape[value.dim() - dims[name] :]
+        for name, dims in self._event_dims(parameters).items():
+            value = getattr(parameters, name)
+            event = value.shape[value.dim() - dims :]
             flat[name] = value.expand(*lead, 1, *event).reshape(-1, 1, *event)
-        # The largest arrays of one draw: transitions by condition or by trial, and likelihoods by bin.
-        each = self.num_states * max(
-            self.num_conditions * self.num_states, recording.num_trials * max(recording.num_bins, self.num_states)
-        )
-        size = max(1, MOST_NUMBERS // each)
+        size = max(1, MOST_NUMBERS // self._numbers(recording))
         for start in range(0, lead.numel(), size):
             chosen = slice(start, start + size)
-            yield chosen, type(parameters)(**{name: value[chosen] for name, value in flat.items()})
+            yield chosen, parameters._replace(**{name: value[chosen] for name, value in flat.items()})
+
+    def _numbers(self, recording: Recording) -> int:
+        """In the largest arrays of one draw: transitions by condition or by trial, and likelihoods by bin."""
+        return self.num_states * max(
+            self.num_conditions * self.num_states, recording.num_trials * max(recording.num_bins, self.num_states)
+        )
 
 
 def early_and_late(recording: Recording, share: float = 0.2) -> tuple[np.ndarray, np.ndarray]:

@@ -5,26 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
-from torch.special import log_ndtr
 
 from pyrodyn.errors import ModelError
-from pyrodyn.models._conditioned import RAREST, ConditionedChain, early_and_late
+from pyrodyn.models._conditioned import RAREST, early_and_late
+from pyrodyn.models._ramps import MAX_DRIFT, STARTS, Ramps, log_softplus
 from pyrodyn.program import Labelled, globals_given
 from pyrodyn.readouts import Poisson
 from pyrodyn.recording import Recording
 
 START = 0.5  # of a ramp without bound: what its positions are measured by
-STARTS = (0.3, 0.5, 0.7)  # that the first guess tries
-LINEAR = -36.0  # argument below which log softplus is its argument to the last digit
-MAX_DRIFT = 1.5  # of the first guess, per second
 
 
 class AccumulatorParameters(NamedTuple):
@@ -33,11 +29,12 @@ class AccumulatorParameters(NamedTuple):
     drift: Tensor  # (condition): per second
     diffusion: Tensor  # (): per root of a second
     start: Tensor  # ()
+    collapse: Tensor | None  # (): per second
     offset: Tensor  # (unit): log of the gain, the expected count of a bin at position 1
 
 
 @dataclass(frozen=True)
-class Accumulator(ConditionedChain):
+class Accumulator(Ramps):
     r"""Drift and diffusion of one variable that sets the rates, absorbed where it reaches a bound.
 
     .. math::
@@ -48,74 +45,58 @@ class Accumulator(ConditionedChain):
     held at 1 from the bin on in which it passes there. Without a bound the start is one half by definition, which is
     then the unit of x.
 
-    x is summed out on a grid: a hidden Markov chain of positions, with a state of its own at the bound. A step's
-    density is taken at the grid's points, a sum that is the integral to 5e-9 once the standard deviation is the
-    spacing, and is normalised on what lies inside; the mass beyond the bound is exact. What is left is of the order of
-    the spacing squared, where the density ends at the bound. No path goes below the lower end of the grid, where rates
-    are next to zero.
+    A bound may collapse: after t seconds the evidence decides where it passes :math:`b_t = 1 / (1 + \kappa t)`, and x
+    is the evidence in units of the bound, so that rates are the same at all decisions, early or late:
+
+    .. math::
+        x_t = g_t \Big(\frac{x_{t-1}}{g_{t-1}} + \beta_c \Delta + \sigma \sqrt{\Delta}\, \epsilon_t\Big),
+        \qquad g_t = 1 + \kappa t .
+
+    In the same words, urgency grows with time and multiplies the evidence.
+
+    x is summed out on a grid: a hidden Markov chain of positions, as `Ramps` says.
 
     Parameters
     ----------
-    conditions : tuple of str
-        As in `ConditionedChain`; the drift depends on them.
+    conditions, grid, lower, drift_scale, diffusion
+        As in `Ramps`; ``diffusion`` is the middle of the prior of :math:`\sigma`.
     bound : bool
         Whether x is absorbed at 1.
-    grid : int
-        Number of positions.
-    lower, upper : float
-        Ends of the grid; with a bound it ends there.
-    drift_scale : float
-        Prior standard deviation of a drift, per second.
-    diffusion : float
-        Middle of the prior of :math:`\sigma`, per root of a second.
+    upper : float
+        Upper end of the grid; with a bound it ends there.
+    collapse : float
+        Middle of the prior of :math:`\kappa`, per second; 0 for a bound that stays.
 
     References
     ----------
-    Latimer, Yates, Meister, Huk & Pillow, Science 349:184 (2015); Zoltowski, Pillow & Linderman, ICML 2020.
+    Latimer, Yates, Meister, Huk & Pillow, Science 349:184 (2015); Zoltowski, Pillow & Linderman, ICML 2020; of urgency
+    as a gain: Ditterich, Eur. J. Neurosci. 24:3628 (2006).
     """
 
     bound: bool = True
-    grid: int = 100
-    lower: float = -0.5
     upper: float = 2.0
-    drift_scale: float = 1.0
-    diffusion: float = 0.3
+    collapse: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.grid, int) or self.grid < 10:
-            raise ModelError(f"grid must be a whole number of at least 10, got {self.grid!r}")
-        if not self.lower <= 0.0 or not self.upper > 1.0:
-            raise ModelError(f"lower must be 0 or less and upper more than 1, got {self.lower!r} and {self.upper!r}")
-        if not self.drift_scale > 0 or not self.diffusion > 0:
+        if not self.upper > 1.0:
+            raise ModelError(f"upper must be more than 1, got {self.upper!r}")
+        if not self.collapse >= 0 or (self.collapse and not self.bound):
             raise ModelError(
-                f"drift_scale and diffusion must be positive, got {self.drift_scale!r} and {self.diffusion!r}"
+                f"collapse must be 0 or more, and 0 without a bound, got {self.collapse!r} and bound={self.bound!r}"
             )
 
     @property
-    def spacing(self) -> float:
-        """Distance between two positions of the grid."""
-        return ((1.0 if self.bound else self.upper) - self.lower) / self.grid
+    def end(self) -> float:
+        return 1.0 if self.bound else self.upper
+
+    @property
+    def bounded(self) -> bool:
+        return self.bound
 
     @property
     def num_states(self) -> int:
         return self.grid + self.bound
-
-    @property
-    def positions(self) -> Tensor:
-        """Position in every state, (state,): the middles of the grid's cells, and the bound."""
-        inside = self.lower + self.spacing * (torch.arange(self.grid, dtype=torch.float64) + 0.5)
-        return torch.cat([inside, inside.new_ones(1)]) if self.bound else inside
-
-    def check(self, recording: Recording) -> None:
-        super().check(recording)
-        step = self.diffusion * math.sqrt(recording.bin_width)
-        if self.spacing > step:
-            needed = math.ceil(self.grid * self.spacing / step)
-            raise ModelError(
-                f"grid has positions {self.spacing:.3g} apart, but in a bin of {recording.bin_width:g} s x moves by "
-                f"{step:.3g}; expected a spacing no larger: set grid to {needed} or more, or take wider bins"
-            )
 
     def sample_globals(self, recording: Recording) -> AccumulatorParameters:
         zeros = torch.zeros(self.num_conditions, dtype=torch.float64, device=recording.device)
@@ -125,37 +106,43 @@ class Accumulator(ConditionedChain):
         start = torch.full_like(diffusion, START)
         if self.bound:
             start = pyro.sample("start", dist.Beta(one + 2.0, one + 2.0).to_event(1))
-        return AccumulatorParameters(drift, diffusion, start, Poisson().sample_offset(recording))
+        collapse = None
+        if self.collapse:
+            collapse = pyro.sample("collapse", dist.LogNormal(one + math.log(self.collapse), 0.7).to_event(1))
+        return AccumulatorParameters(drift, diffusion, start, collapse, Poisson().sample_offset(recording))
 
     def chain(self, parameters: AccumulatorParameters, recording: Recording) -> tuple[Tensor, Tensor]:
         positions = self.positions[: self.grid].to(recording.device)
-        start = parameters.start.unsqueeze(-1)  # (*draw, 1, condition or 1, position)
-        drift = (parameters.drift * recording.bin_width).unsqueeze(-1)
-        sd = (parameters.diffusion * math.sqrt(recording.bin_width)).unsqueeze(-1)
-        initial = self._steps(start + drift, sd)
-        transition = self._steps(positions + drift, sd)
+        start = parameters.start[..., None, None]  # (*draw, 1, condition or 1, step, position)
+        drift = (parameters.drift * recording.bin_width)[..., None, None]
+        sd = (parameters.diffusion * math.sqrt(recording.bin_width))[..., None, None]
+        before, after = self._gains(parameters, recording)
+        # In units of the bound of its own bin.
+        initial = self.steps(after[..., :1, :] * (start + drift), after[..., :1, :] * sd)
+        before, after = (part[..., 1:, :] if part.shape[-2] > 1 else part for part in (before, after))
+        transition = self.steps(after * (positions / before + drift), after * sd)
         if self.bound:
             held = transition.new_full((self.grid + 1,), RAREST)
             held[-1] = 0.0
             transition = torch.cat([transition, held.expand(*transition.shape[:-2], 1, -1)], -2)
-        return initial.squeeze(-2), transition
+        return initial[..., 0, 0, :], transition
 
-    def _steps(self, mean: Tensor, sd: Tensor) -> Tensor:
-        """Log probabilities of the states after a step with means (*batch, from) and sd (*batch, 1)."""
-        mean, sd = mean.unsqueeze(-1), sd.unsqueeze(-1)
-        inside = -0.5 * ((self.positions[: self.grid].to(mean.device) - mean) / sd).square()
-        inside = inside - inside.logsumexp(-1, keepdim=True)
-        if self.bound:
-            beyond = (mean - 1.0) / sd
-            inside = torch.cat([inside + log_ndtr(-beyond), log_ndtr(beyond)], -1)
-        return inside.clamp(min=RAREST)
+    def _gains(self, parameters: AccumulatorParameters, recording: Recording) -> tuple[Tensor, Tensor]:
+        """One over the bound before and after every step, the one to the first bin too, (*draw, 1, 1, step, 1)."""
+        if parameters.collapse is None:
+            one = torch.ones(1, 1, dtype=torch.float64, device=recording.device)
+            return one, one
+        times = recording.bin_width * torch.arange(recording.num_bins + 1, dtype=torch.float64)
+        gains = 1.0 + parameters.collapse[..., None, None] * times.to(recording.device).unsqueeze(-1)
+        return gains[..., :-1, :], gains[..., 1:, :]
+
+    def _numbers(self, recording: Recording) -> int:
+        transitions = self.num_conditions * recording.num_bins * self.num_states**2 if self.collapse else 0
+        return max(super()._numbers(recording), transitions)
 
     def predictor(self, parameters: AccumulatorParameters, recording: Recording) -> Tensor:
         gain = (parameters.offset.exp() / recording.bin_width).unsqueeze(-2)
-        driven = gain * self.positions.to(gain.device).unsqueeze(-1)
-        # Far below zero the logarithm of softplus is its argument, and softplus itself is 0.
-        log_rate = torch.where(driven < LINEAR, driven, softplus(driven.clamp(min=LINEAR)).log())
-        return log_rate + math.log(recording.bin_width)
+        return log_softplus(gain * self.positions.to(gain.device).unsqueeze(-1)) + math.log(recording.bin_width)
 
     def latents(self, parameters: AccumulatorParameters, local: Mapping[str, Tensor], recording: Recording) -> Labelled:
         return {"position": (("trial", "time"), self.positions.to(recording.device)[local["state"]])}
@@ -180,6 +167,8 @@ class Accumulator(ConditionedChain):
         }
         if self.bound:
             values["start"] = zeros[:1] + start
+        if self.collapse:
+            values["collapse"] = zeros[:1] + self.collapse
         if recording.observations is None:
             return values
         early, late = early_and_late(recording)
@@ -193,18 +182,22 @@ class Accumulator(ConditionedChain):
         }
 
     def label(self, parameters: AccumulatorParameters) -> Labelled:
-        return {
+        labelled: Labelled = {
             "drift": (("condition",), parameters.drift),
             "diffusion": (("accumulator",), parameters.diffusion),
             "start": (("accumulator",), parameters.start),
             "offset": (("unit",), parameters.offset),
         }
+        if parameters.collapse is not None:
+            labelled["collapse"] = (("accumulator",), parameters.collapse)
+        return labelled
 
     def coordinates(self, recording: Recording) -> dict[str, np.ndarray]:
         return super().coordinates(recording) | {"accumulator": np.array(["x"])}
 
     def unlabel(self, values: Mapping[str, Tensor]) -> AccumulatorParameters:
-        return AccumulatorParameters(*(values[name] for name in AccumulatorParameters._fields))
+        held: Any = {name: values.get(name) for name in AccumulatorParameters._fields}
+        return AccumulatorParameters(**held)
 
     def invariants(self, parameters: AccumulatorParameters) -> Labelled:
         return self.label(parameters)

@@ -139,7 +139,7 @@ class Replay(ConditionedChain):
         links = (switch[..., None, None] + moves).transpose(-3, -2).flatten(-2).flatten(-3, -2)
         states = kinds * places
         initial = links.new_full((*links.shape[:-2], 1, states), -math.log(states))
-        return initial, links.clamp(min=RAREST).unsqueeze(-3)
+        return initial, links.clamp(min=RAREST)[..., None, None, :, :]
 
     def predictor(self, parameters: ReplayParameters, recording: Recording) -> Tensor:
         fields = torch.tensor(self.fields, dtype=torch.float64, device=recording.device).mT

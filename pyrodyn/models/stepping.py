@@ -111,7 +111,7 @@ class Stepping(ConditionedChain):
             entries[i][i] = torch.zeros_like(never)
         transition = torch.stack([torch.stack(row, -1) for row in entries], -2)
         initial = torch.stack([torch.zeros_like(never)] + [never] * (size - 1), -1)
-        return initial, transition.clamp(min=RAREST)
+        return initial, transition.clamp(min=RAREST).unsqueeze(-3)
 
     def predictor(self, parameters: SteppingParameters, recording: Recording) -> Tensor:
         before = parameters.offset.unsqueeze(-2)
