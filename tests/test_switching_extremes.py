@@ -17,7 +17,7 @@ from pyrodyn import inference, models, readouts
 from pyrodyn.diagnostics import diagnose
 from pyrodyn.inference.engine import double_precision, random_stream
 from pyrodyn.linalg.taming import lagged_radius
-from pyrodyn.models._switching import permuted
+from pyrodyn.models._switching_steps import permuted
 from pyrodyn.program import globals_given
 
 SHORT = inference.Gibbs(draws=20, warmup=20, chains=2)

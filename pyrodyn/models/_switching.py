@@ -2,7 +2,9 @@ r"""What models of switching linear dynamics share: the prior of the modes' step
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -13,35 +15,16 @@ import torch
 from torch import Tensor
 
 from pyrodyn.distributions import GaugedLoading, SwitchingPath
-from pyrodyn.errors import ModelError
 from pyrodyn.linalg.matrix import cholesky
-from pyrodyn.linalg.taming import companion, lagged_radius, log_tame_jacobian, tame, untame
+from pyrodyn.linalg.taming import lagged_radius, log_tame_jacobian, tame, untame
 from pyrodyn.models._modes import mode_contrasts, numbering
 from pyrodyn.models._switching_blocks import Blocks
-from pyrodyn.program import Labelled
+from pyrodyn.models._switching_steps import ModeSteps, process_noise
 from pyrodyn.recording import Recording
 
 SCALE = (0.5, 5.0)  # shape and rate of the prior of psi, the size of the process noise: mean .1, and small by habit
 RECURRENCE = (1.0, 1.0)  # shape and rate of the inverse-gamma prior of the variance of a logit's slope
 EXTRA_DEGREES = 2.0  # of freedom beyond the latents': the process noise has psi as its mean
-
-
-class ModeSteps(NamedTuple):
-    """Parameters of switching steps, each (*draw, 1, *event) or (*event)."""
-
-    initial: Tensor  # (mode)
-    transition: Tensor  # (mode, mode_to): rows sum to one
-    dynamics: Tensor  # (mode, latent, lag x latent): from earlier bins, the last first, to bin t; acts on columns
-    bias: Tensor  # (mode, latent)
-    process_noise: Tensor  # (mode, latent, latent), covariances
-    input_gain: Tensor | None  # (mode, latent, input)
-    recurrence: Tensor | None  # (mode, latent): what the state adds to the logit of the next mode
-    mode_gain: Tensor | None  # (mode, input): what an input adds to it
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> ModeSteps:
-        """All that is there, changed."""
-        parts: Any = (part if part is None else change(part) for part in self)
-        return ModeSteps(*parts)
 
 
 class RegionSteps(NamedTuple):
@@ -294,142 +277,21 @@ class StepPrior:
         )
 
 
-def process_noise(root: Tensor, scale: Tensor) -> Tensor:
-    r"""Q (*batch, mode, latent, latent), from the root T of its precision :math:`T T^\top / \psi`."""
-    eye = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
-    inverse = torch.linalg.solve_triangular(root, eye.expand_as(root), upper=False)
-    return scale[..., None, None, None] * inverse.mT @ inverse
+class Renumbered:
+    """Models of switching steps whose modes may be numbered in any order."""
 
+    num_modes: int
 
-def permuted(steps: ModeSteps, order: Tensor) -> ModeSteps:
-    """The same steps with mode ``order[..., k]`` as the new mode k; ``order`` (mode,) or (*batch, mode)."""
+    @abstractmethod
+    def step_prior(self, recording: Recording) -> StepPrior:
+        """Prior of the steps of the path."""
 
-    def along(value: Tensor, axis: int, event: int) -> Tensor:
-        """Take modes along an axis, counted from the right, of a value with so many event dims."""
-        shape = [1] * event
-        shape[axis] = order.shape[-1]
-        lead = (1,) * (value.dim() - event - order.dim() + 1)
-        return value.take_along_dim(order.reshape(*lead, *order.shape[:-1], *shape), axis)
+    def log_copies(self, recording: Recording) -> float:
+        """Modes may be numbered in any order."""
+        return math.lgamma(self.num_modes + 1)
 
-    def of(value: Tensor | None, event: int) -> Any:
-        return None if value is None else along(value, -event, event)
-
-    return ModeSteps(
-        of(steps.initial, 1),
-        along(along(steps.transition, -2, 2), -1, 2),
-        of(steps.dynamics, 3),
-        of(steps.bias, 2),
-        of(steps.process_noise, 3),
-        of(steps.input_gain, 3),
-        of(steps.recurrence, 2),
-        of(steps.mode_gain, 2),
-    )
-
-
-def rotated(steps: ModeSteps, turn: Tensor) -> ModeSteps:
-    """The same steps in latents ``turn' x``, for orthogonal ``turn`` (*batch, latent, latent)."""
-    of_modes, dim = turn.unsqueeze(-3), turn.shape[-1]
-    by_lag = steps.dynamics.unflatten(-1, (-1, dim))  # (*batch, mode, latent, lag, latent)
-    return steps._replace(
-        dynamics=of_modes.mT @ (by_lag @ of_modes.unsqueeze(-3)).flatten(-2),
-        bias=steps.bias @ turn,
-        process_noise=of_modes.mT @ steps.process_noise @ of_modes,
-        input_gain=None if steps.input_gain is None else of_modes.mT @ steps.input_gain,
-        recurrence=None if steps.recurrence is None else steps.recurrence @ turn,
-    )
-
-
-def mode_summaries(steps: ModeSteps, loading: Tensor) -> Labelled:
-    """What neither rotations of the latent nor the numbers of modes change.
-
-    Quantities of single modes are sorted, each by itself; sums over modes, as the units see them, tell which belongs to
-    which.
-    """
-    with torch.no_grad():
-        ends = torch.linalg.eigvals(companion(steps.dynamics))
-        modulus, angle = (part.sort(-1, descending=True).values for part in (ends.abs(), ends.angle().abs()))
-        seen_noise = loading.unsqueeze(-3) @ steps.process_noise
-        noise = (seen_noise * loading.unsqueeze(-3)).sum(-1)  # (*batch, mode, unit)
-        drift = steps.bias @ loading.mT
-        latest = steps.dynamics[..., : steps.dynamics.shape[-2]]
-        step = ((loading.unsqueeze(-3) @ latest) * loading.unsqueeze(-3)).sum(-1)
-        stay = steps.transition.diagonal(dim1=-2, dim2=-1)
-
-        def in_order(values: Tensor) -> Tensor:
-            return values.sort(-2, descending=True).values
-
-        found: Labelled = {
-            "eigenvalue_modulus": (("mode", "eigenvalue"), in_order(modulus)),
-            "eigenvalue_angle": (("mode", "eigenvalue"), in_order(angle)),
-            "stay_probability": (("mode",), stay.sort(-1, descending=True).values),
-            "innovation_sd": (("mode",), noise.sum(-1).sqrt().sort(-1, descending=True).values),
-            "drift_size": (("mode",), drift.square().sum(-1).sqrt().sort(-1, descending=True).values),
-            "initial_drift": (("unit",), (steps.initial.unsqueeze(-1) * drift).sum(-2)),
-            "lag_one_signal": (("unit",), (stay.unsqueeze(-1) * step).mean(-2)),
-            "drift_by_stay": (("unit",), (stay.unsqueeze(-1) * drift).mean(-2)),
-            "innovation_by_drift": (("unit",), (noise.sqrt() * drift).mean(-2)),
-        }
-        if steps.input_gain is not None:
-            effect = loading.unsqueeze(-3) @ steps.input_gain
-            found["input_effect"] = (("unit", "input"), effect.mean(-3))
-            found["input_by_drift"] = (("unit", "input"), (effect * drift.unsqueeze(-1)).mean(-3))
-        if steps.recurrence is not None:
-            size = steps.recurrence.square().sum(-1).sqrt()
-            found["recurrence_size"] = (("mode",), size.sort(-1, descending=True).values)
-            found["recurrence_by_drift"] = (("unit",), ((steps.recurrence @ loading.mT) * drift).mean(-2))
-            if steps.mode_gain is not None:
-                pushed = steps.mode_gain.unsqueeze(-2) * drift.unsqueeze(-1)
-                found["mode_gain_by_drift"] = (("unit", "input"), pushed.mean(-3))
-    return found
-
-
-def step_labels(steps: ModeSteps, dim: str) -> Labelled:
-    """The parameters by name and dims, those of one lag; ``dim`` is what the path runs over."""
-    square = ("mode", dim, f"{dim}_from")
-    labelled: dict[str, Any] = {
-        "initial": (("mode",), steps.initial),
-        "transition": (("mode", "mode_to"), steps.transition),
-        "dynamics": (square, steps.dynamics),
-        "bias": (("mode", dim), steps.bias),
-        "process_noise": (square, steps.process_noise),
-        "input_gain": (("mode", dim, "input"), steps.input_gain),
-        "recurrence": (("mode", dim), steps.recurrence),
-        "mode_gain": (("mode", "input"), steps.mode_gain),
-    }
-    return {name: (dims, value) for name, (dims, value) in labelled.items() if value is not None}
-
-
-def inside_of(recording: Recording) -> Tensor:
-    """Which bins lie before a trial's end, (trial, time)."""
-    return torch.arange(recording.num_bins) < torch.from_numpy(recording.lengths.copy()).unsqueeze(-1)
-
-
-def check_modes(model: Any, recording: Recording, lags: int) -> None:
-    """Refuse recordings on which modes cannot be told, or steps not be made."""
-    name = type(model).__name__
-    steps = int(torch.as_tensor(recording.lengths.copy() - lags).clamp(min=0).sum())
-    if model.num_modes > steps:
-        raise ModelError(
-            f"num_modes is {model.num_modes} but the recording has {steps} steps (bins of all trials but the first "
-            f"{lags} of each); lower num_modes"
-        )
-    if not recording.regular:
-        raise ModelError(
-            f"{name} steps from bin to bin and needs equally spaced bins, but the recording's time axis is irregular; "
-            "rebin it, or put the gaps into the mask"
-        )
-
-
-def check_options(model: Any) -> None:
-    """Refuse options out of their range; those that models of switching steps share."""
-    if isinstance(model.num_modes, bool) or not isinstance(model.num_modes, int) or model.num_modes < 1:
-        raise ModelError(f"num_modes must be a whole number of at least 1, got {model.num_modes!r}")
-    for name in ("concentration", "dynamics_scale", "bias_scale", "max_radius"):
-        if not getattr(model, name) > 0:
-            raise ModelError(f"{name} must be positive, got {getattr(model, name)!r}")
-    if not model.stickiness >= 0:
-        raise ModelError(f"stickiness must be 0 or more, got {model.stickiness!r}")
-    if not abs(model.persistence) < model.max_radius:
-        raise ModelError(
-            f"persistence must lie within max_radius, {model.max_radius}, of zero, got {model.persistence!r}"
-        )
+    def nearest_copy(
+        self, values: Mapping[str, Tensor], reference: Mapping[str, Tensor], recording: Recording
+    ) -> dict[str, Tensor]:
+        """Modes numbered such that their dynamics and biases lie nearest to those of the reference."""
+        return self.step_prior(recording).nearest(values, reference)

@@ -16,9 +16,10 @@ from pyrodyn.conditionals.modes import settle
 from pyrodyn.conditionals.switching import draw_path_and_modes
 from pyrodyn.distributions import GaugedLoading, SwitchingPath
 from pyrodyn.models._startup import LinearStart
-from pyrodyn.models._switching import ModeSteps, StepPrior, mode_summaries, permuted, rotated, step_labels
+from pyrodyn.models._switching import Renumbered
 from pyrodyn.models._switching_blocks import View
 from pyrodyn.models._switching_start import initial_sites, latent_start
+from pyrodyn.models._switching_steps import ModeSteps, mode_summaries, permuted, rotated, step_labels
 from pyrodyn.models._switching_sweep import SETTLING, SwitchingSweep, gauged
 from pyrodyn.models._symmetry import rotation
 from pyrodyn.program import Labelled, StateSpaceModel, draws_of
@@ -49,18 +50,13 @@ class SwitchingParameters(NamedTuple):
         return ModeSteps(*parts)
 
 
-class SwitchingModel(StateSpaceModel):
+class SwitchingModel(Renumbered, StateSpaceModel):
     """A path under switching linear dynamics, and units that each read out the latents of their region.
 
     Subclasses say how latents fall into regions, and which units read which out; all else is written once.
     """
 
-    num_modes: int
     readout: Any  # Readout or PerRegion
-
-    @abstractmethod
-    def step_prior(self, recording: Recording) -> StepPrior:
-        """Prior of the steps of the path."""
 
     @abstractmethod
     def views(self, recording: Recording) -> list[View]:
@@ -179,13 +175,3 @@ class SwitchingModel(StateSpaceModel):
         order = torch.randperm(self.num_modes, generator=generator)
         blocks = self.step_prior(recording).blocks
         return order, blocks.diagonal([rotation(dim, generator) for dim in blocks.dims])
-
-    def log_copies(self, recording: Recording) -> float:
-        """Modes may be numbered in any order."""
-        return math.lgamma(self.num_modes + 1)
-
-    def nearest_copy(
-        self, values: Mapping[str, Tensor], reference: Mapping[str, Tensor], recording: Recording
-    ) -> dict[str, Tensor]:
-        """Modes numbered such that their dynamics and biases lie nearest to those of the reference."""
-        return self.step_prior(recording).nearest(values, reference)

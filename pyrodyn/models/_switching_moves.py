@@ -10,7 +10,9 @@ from torch import Tensor
 from pyrodyn.conditionals.steps import draw_coefficients, draw_precision, draw_scale, step_sums
 from pyrodyn.conditionals.transitions import StateLogits, draw_dirichlet, transition_counts
 from pyrodyn.models._modes import numbering
-from pyrodyn.models._switching import RECURRENCE, SCALE, ModeSteps, StepPrior, inside_of, permuted
+from pyrodyn.models._switching import RECURRENCE, SCALE, StepPrior
+from pyrodyn.models._switching_checks import inside_of
+from pyrodyn.models._switching_steps import ModeSteps, permuted
 from pyrodyn.recording import Recording
 
 State = dict[str, Tensor]

@@ -24,7 +24,9 @@ from pyrodyn.conditionals.units import draw_coefficients
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.linalg import mode_log_normaliser
 from pyrodyn.linalg.taming import lagged_radius
-from pyrodyn.models._switching import RECURRENCE, SCALE, ModeSteps, StepPrior, inside_of, rotated
+from pyrodyn.models._switching import RECURRENCE, SCALE, StepPrior
+from pyrodyn.models._switching_checks import inside_of
+from pyrodyn.models._switching_steps import ModeSteps, rotated
 from pyrodyn.readouts import AffineReadout
 from pyrodyn.recording import Recording
 

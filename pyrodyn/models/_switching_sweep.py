@@ -11,10 +11,11 @@ from pyrodyn.conditionals.modes import settle
 from pyrodyn.conditionals.switching import draw_path
 from pyrodyn.conditionals.units import UnitMoves
 from pyrodyn.distributions.loading import gauge_fix
-from pyrodyn.models._switching import StepPrior, rotated
+from pyrodyn.models._switching import StepPrior
 from pyrodyn.models._switching_blocks import View
 from pyrodyn.models._switching_moves import State, StepMoves, flat
 from pyrodyn.models._switching_orbit import reshape_latents, shift_latents
+from pyrodyn.models._switching_steps import rotated
 from pyrodyn.program import global_laws, globals_given
 from pyrodyn.readouts import AffineReadout
 from pyrodyn.recording import Recording

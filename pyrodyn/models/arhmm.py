@@ -2,7 +2,6 @@ r"""The autoregressive hidden Markov model: observations are themselves the path
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,19 +15,12 @@ from torch.distributions import constraints
 
 from pyrodyn.distributions import GivenModes, SwitchingPath
 from pyrodyn.errors import ModelError
-from pyrodyn.models._switching import (
-    ModeSteps,
-    StepPrior,
-    check_modes,
-    check_options,
-    inside_of,
-    mode_summaries,
-    permuted,
-    step_labels,
-)
+from pyrodyn.models._switching import Renumbered, StepPrior
 from pyrodyn.models._switching_blocks import Blocks
+from pyrodyn.models._switching_checks import check_modes, check_options, inside_of
 from pyrodyn.models._switching_moves import State, StepMoves
 from pyrodyn.models._switching_start import initial_sites, observed_start
+from pyrodyn.models._switching_steps import ModeSteps, mode_summaries, permuted, step_labels
 from pyrodyn.program import OBSERVATION_DIMS, IntegratedModel, Labelled, globals_given
 from pyrodyn.recording import Recording
 
@@ -36,7 +28,7 @@ MOST_COEFFICIENTS = 2000  # of one mode: more have to be reduced first, or read 
 
 
 @dataclass(frozen=True)
-class ARHMM(IntegratedModel):
+class ARHMM(Renumbered, IntegratedModel):
     r"""Autoregressive hidden Markov model of real-valued observations.
 
     With :math:`\tilde y` the observations in units of `Recording.scale` about `Recording.center`,
@@ -186,16 +178,6 @@ class ARHMM(IntegratedModel):
     def invariants(self, parameters: ModeSteps) -> Labelled:
         units = parameters.bias.shape[-1]
         return mode_summaries(parameters, torch.eye(units, dtype=torch.float64, device=parameters.bias.device))
-
-    def log_copies(self, recording: Recording) -> float:
-        """Modes may be numbered in any order."""
-        return math.lgamma(self.num_modes + 1)
-
-    def nearest_copy(
-        self, values: Mapping[str, Tensor], reference: Mapping[str, Tensor], recording: Recording
-    ) -> dict[str, Tensor]:
-        """Modes numbered such that their dynamics and biases lie nearest to those of the reference."""
-        return self.step_prior(recording).nearest(values, reference)
 
     def transformed(self, parameters: ModeSteps, recording: Recording, seed: int) -> ModeSteps:
         """Number the modes anew at random."""

@@ -13,8 +13,9 @@ from pyrodyn.linalg.stationary import block_strength, stationary_covariance
 from pyrodyn.models import _regions
 from pyrodyn.models import _regions_posterior as labels
 from pyrodyn.models._startup import LinearStart
-from pyrodyn.models._switching import StepPrior, check_modes, check_options
+from pyrodyn.models._switching import StepPrior
 from pyrodyn.models._switching_blocks import Blocks, View
+from pyrodyn.models._switching_checks import check_modes, check_options
 from pyrodyn.models._switching_model import SwitchingModel, SwitchingParameters
 from pyrodyn.program import Labelled
 from pyrodyn.readouts import PerRegion, Poisson, Readout, as_readout

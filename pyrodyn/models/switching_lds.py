@@ -8,8 +8,9 @@ import torch
 
 from pyrodyn.errors import ModelError
 from pyrodyn.models._startup import LinearStart, linear_start
-from pyrodyn.models._switching import StepPrior, check_modes, check_options
+from pyrodyn.models._switching import StepPrior
 from pyrodyn.models._switching_blocks import Blocks, View
+from pyrodyn.models._switching_checks import check_modes, check_options
 from pyrodyn.models._switching_model import SwitchingModel
 from pyrodyn.readouts import Poisson, Readout
 from pyrodyn.recording import Recording
