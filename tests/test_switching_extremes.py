@@ -17,6 +17,7 @@ from pyrodyn import inference, models, readouts
 from pyrodyn.diagnostics import diagnose
 from pyrodyn.inference.engine import double_precision, random_stream
 from pyrodyn.linalg.taming import lagged_radius
+from pyrodyn.models._switching_model import SwitchingParameters
 from pyrodyn.models._switching_steps import permuted
 from pyrodyn.program import globals_given
 
@@ -142,6 +143,36 @@ def test_counts_up_to_ten_thousand_a_bin():
     expected = np.exp(paths @ loading.swapaxes(-1, -2) + offset[:, None]).mean(0)
     apart = (expected - rates) / np.sqrt(rates)
     assert np.sqrt(np.square(apart).mean()) < 1.0  # nearer than one count tells by itself
+
+
+def test_many_counts_hold_the_path_of_every_draw_where_its_own_parameters_take_it():
+    model, rng, bins, shift = models.SwitchingLDS(2, 2), np.random.default_rng(0), 120, np.array([1.0, 1.0])
+    turns = np.array([[[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]] for a in (0.5, -0.3)]) * 0.97
+    loading, modes = 0.3 * rng.normal(size=(6, 2)), np.arange(bins) // 25 % 2
+    path = np.array([[3.0, 0.0]] + [[0.0, 0.0]] * (bins - 1))
+    for t in range(1, bins):
+        path[t] = turns[modes[t]] @ path[t - 1] + 0.1 * rng.normal(size=2)
+    rates = np.exp(np.log(9000.0) + path @ loading.T)
+    recording = dyn.Recording.from_arrays(rng.poisson(rates)[None].astype(float), bin_width=0.05)
+
+    def both(first, second) -> torch.Tensor:
+        return torch.from_numpy(np.stack([first, second])).unsqueeze(1)
+
+    # The second draw is the same system in latents half as large that lie elsewhere.
+    moved = np.stack([shift - turn @ shift for turn in turns])
+    offset = np.full(6, np.log(9000.0))
+    stay, noise = np.array([[0.96, 0.04], [0.04, 0.96]]), np.stack([0.01 * np.eye(2)] * 2)
+    parameters = SwitchingParameters(
+        both([0.5, 0.5], [0.5, 0.5]), both(stay, stay), both(turns, turns), both(np.zeros((2, 2)), moved),
+        both(noise, 0.25 * noise), None, None, None, both(loading, 2.0 * loading),
+        both(offset, offset - 2.0 * loading @ shift), None,
+    )  # fmt: skip
+    with torch.no_grad(), double_precision(), random_stream(0):
+        found = model.draw_local(parameters, recording)
+    log_rates = found["latent"] @ parameters.loading.mT + parameters.offset.unsqueeze(-2)
+    apart = (log_rates.exp().squeeze(1).numpy() - rates) / np.sqrt(rates)
+    assert (np.sqrt(np.square(apart).mean((1, 2))) < 1.0).all()  # nearer than one count tells by itself
+    assert ((found["mode"].squeeze(1).numpy() == modes).mean(-1) > 0.9).all()
 
 
 def test_renumbered_steps_make_the_same_path_likely():

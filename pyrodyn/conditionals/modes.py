@@ -53,14 +53,24 @@ def settle(
     """As many rounds of `expect` from modes that are all as probable, for a batch (*draw, trial)."""
     bins, dim = law.event_shape
     weight = torch.full((*batch, bins, law.num_modes), 1.0 / law.num_modes, dtype=torch.float64)
-    path, found = torch.zeros(*batch, bins, dim, dtype=torch.float64), None
-    for _ in range(rounds):
-        noise = None if readout.noise is None else readout.noise.squeeze(-2)
-        about = AffineReadout(readout.law, path, readout.loading, readout.offset.squeeze(-2), noise, readout.observed)
-        found = expect(law, about, observations, weight)
-        weight, path = found.weight, found.chain.mean
-    assert found is not None
+    still = torch.zeros(*batch, bins, dim, dtype=torch.float64)
+    return settle_from(law, _about(readout, still), observations, weight, rounds)
+
+
+def settle_from(
+    law: SwitchingPath, readout: AffineReadout, observations: Tensor, weight: Tensor, rounds: int
+) -> Expected:
+    """As many rounds of `expect`, from the path of ``readout`` and the probabilities ``weight`` of modes."""
+    found = expect(law, readout, observations, weight)
+    for _ in range(rounds - 1):
+        found = expect(law, _about(readout, found.chain.mean), observations, found.weight)
     return found
+
+
+def _about(readout: AffineReadout, path: Tensor) -> AffineReadout:
+    """The readout of another path."""
+    noise = None if readout.noise is None else readout.noise.squeeze(-2)
+    return AffineReadout(readout.law, path, readout.loading, readout.offset.squeeze(-2), noise, readout.observed)
 
 
 def mode_marginals_and_counts(initial: Tensor, transition: Tensor, likelihood: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyrodyn.conditionals.modes import expect
+from pyrodyn.conditionals.modes import settle_from
 from pyrodyn.conditionals.paths import gaussian_path, turn
 from pyrodyn.conditioning import outer
 from pyrodyn.distributions import SwitchingPath
@@ -22,6 +22,7 @@ NEWTON = 3  # expansions about the path, the last of which the move is made with
 FARTHEST = 2.0  # that a predictor or a logit moves in one of them: exp() overshoots from afar
 BLOCK = 100  # bins that are accepted together: of longer ones, too many are refused
 TURNS = 25  # of path and modes, before they are taken for draws
+SETTLING = 5  # rounds in which they find each other before: many counts hold a path where one round does not take it
 
 # Value (chain, trial, time), slope (..., latent), curvature (..., latent, latent) of a log density.
 Expansion = tuple[Tensor, Tensor, Any]
@@ -92,12 +93,12 @@ def draw_path_and_modes(
 ) -> tuple[Tensor, Tensor]:
     """Path (draw, trial, time, latent) and modes (draw, trial, time) given the parameters of every draw.
 
-    They are drawn in turn, from where one round of variational inference takes the path of ``readout`` and the
+    They are drawn in turn, from where a few rounds of variational inference take the path of ``readout`` and the
     probabilities ``weight`` (draw or 1, trial, time, mode): in the limit of many turns exactly, wherever they start.
     Where the steps of two modes lie many standard deviations of their noise apart, path and mode hold each other, and
     few turns keep what they started from.
     """
-    found = expect(law, readout, observations, weight)
+    found = settle_from(law, readout, observations, weight, SETTLING)
     centre = path = found.chain.mean
     modes, seen = found.weight.argmax(-1), seen_from(centre, readout, observations)
     for _ in range(TURNS):
