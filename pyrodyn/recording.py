@@ -87,7 +87,10 @@ class Recording:
         return recording
 
     def _derive(self, dataset: xr.Dataset) -> Recording:
-        return self._wrap(dataset, self.device)
+        derived = self._wrap(dataset, self.device)
+        if "_whole" in self.__dict__:
+            derived.__dict__["_whole"] = self.whole
+        return derived
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
         raise AttributeError(f"a Recording is immutable: cannot set {name}; use sel, hide, with_observations, ...")
@@ -384,6 +387,21 @@ class Recording:
         given = {"trial": trial, "time": time, "unit": unit}
         sizes = self._dataset.sizes
         return self._take({a: selection.by_position(a, v, sizes[a]) for a, v in given.items() if v is not None})
+
+    def batch(self, trial: Any) -> Recording:
+        """The trials at these positions, seen by one step of an engine: still a part of this recording, its `whole`.
+
+        A model that reads off the data what fixes its latent coordinates reads it off the whole, or it would have
+        another prior in every step. Trials chosen by `isel` or `sel` are a recording of their own.
+        """
+        part = self.isel(trial=trial)
+        part.__dict__["_whole"] = self.whole
+        return part
+
+    @property
+    def whole(self) -> Recording:
+        """The recording that this is a `batch` of, or was derived from a batch of; elsewhere the recording itself."""
+        return self.__dict__.get("_whole", self)
 
     def _positions(
         self, trial: Any, time: Any, unit: Any, region: Any, condition: Any = None, split: Any = None

@@ -64,8 +64,8 @@ def test_every_engine_and_guide_has_a_row():
     assert engines == {type(engine).__name__ for engine in zoo.ENGINES.values()}
     exported = (getattr(guides, name) for name in guides.__all__)
     factories = {item.__name__ for item in exported if hasattr(item, "__dataclass_fields__")}
-    # A point has no density to compare with its draws, and the other two are guides of paths and trials.
-    used = {type(guide).__name__ for guide in zoo.GUIDES} | {"Amortised", "PointEstimate", "Structured"}
+    # Points have no density to compare with their draws, and the other two are guides of paths and trials.
+    used = {type(guide).__name__ for guide in zoo.GUIDES} | {"Amortised", "LastLayer", "PointEstimate", "Structured"}
     assert factories == used
 
 
@@ -345,6 +345,7 @@ def test_every_engine_gives_the_same_tree(row, tmp_path):
         shown = [v for name, v in latents.items() if not str(name).endswith("draws")]
         assert shown and all(v.shape[:2] == (recording.num_trials, recording.num_bins) for v in shown)
         assert json.loads(tree.attrs["engine"])["class"] == type(zoo.ENGINES[name]).__name__
+        assert json.loads(tree.attrs["notes"])["globals"]  # what became of the weights, in words
     reference = layouts["NUTS"]
     assert all(reference.values())
     for name, found in layouts.items():

@@ -46,6 +46,7 @@ ENGINES = {
     ),
     "Laplace": inference.Laplace(draws=20, max_steps=20),
     "NaturalGradient": inference.NaturalGradient(rounds=3, draws=20, rest=2),
+    "SGLD": inference.SGLD(draws=4, thin=2, warmup=12, chains=2, batch=1),
     "HMC": inference.HMC(draws=4, warmup=20, chains=4, superchains=2),
     "HMC-path": inference.HMC(draws=2, warmup=5, chains=4, superchains=2, collapse=False, dense_mass=False),
     "NUTS": inference.NUTS(draws=3, warmup=22, chains=2, max_tree_depth=2),
@@ -61,6 +62,8 @@ KILLS = {
     "SVI-amortised": (1, 5, 11),
     "Laplace": (1, 2),
     "NaturalGradient": (2,),
+    # In the climb, while the preconditioner is learned, at the end of the warm-up, among the draws.
+    "SGLD": (1, 5, 9, 12, 15),
     # Before, at and after a new mass matrix, at the end of the warm-up, among the draws.
     "HMC": (1, 7, 8, 9, 19, 20, 21, 23),
     "HMC-path": (2, 6),

@@ -20,6 +20,7 @@ from pyrodyn.inference.engine import double_precision, random_stream, stream_see
 from pyrodyn.inference.loop import Run
 from pyrodyn.inference.svi import network_training
 from pyrodyn.inference.training import Portion, Weighted, dropped, ramp
+from pyrodyn.models._anchor import anchor
 from pyrodyn.program import Program, globals_given, log_terms
 from pyrodyn.recording import Recording
 
@@ -86,6 +87,30 @@ def test_the_mean_over_batches_is_the_whole_bound(missing):
         losses.append(float(inside(run._loss).detach()))
     assert np.std(losses) > 0.1
     assert np.mean(losses) == pytest.approx(float(whole.detach()), rel=1e-12)
+
+
+@pytest.mark.parametrize("training", [Training(batch=1), Training(dropout=0.5), Training(stopping=EarlyStopping())])
+def test_coordinates_that_models_read_off_the_data_stay_those_of_all_trials(training):
+    """A loading is triangular on pivot units, or lies in a subspace, that single trials would choose differently."""
+    values = np.random.default_rng(0).normal(size=(10, 8, 6))
+    data = Recording.from_arrays(values, bin_width=0.1, counts=False)
+    model = models.LDS(2, readouts.Gaussian())
+
+    def read_off(part: Recording) -> tuple[tuple[int, ...], torch.Tensor]:
+        return model.pivots(part), anchor(part, 2, model.readout).loading
+
+    pivots, loading = read_off(data)
+    alone = [read_off(data.isel(trial=[i])) for i in range(data.num_trials)]
+    assert any(own[0] != pivots for own in alone) and not any(torch.allclose(own[1], loading) for own in alone)
+    portion = Portion(training, data, lambda stream: stream_seed(0, stream))
+    parts = [portion.at(step) for step in range(4)]
+    if portion.held_out is not None:
+        parts.append(portion.held_out)
+    with random_stream(0):
+        parts += [half for part in parts for half in dropped(part, 0.4)[:2]]
+    for part in parts:
+        own = read_off(part)
+        assert own[0] == pivots and torch.equal(own[1], loading)
 
 
 def test_batches_find_the_posterior_that_all_trials_find():

@@ -441,6 +441,7 @@ ENGINES: dict[str, Engine] = {
     "HMC-path": inference.HMC(draws=4, warmup=6, chains=4, superchains=2, collapse=False),
     "NUTS": inference.NUTS(draws=4, warmup=3, chains=2, max_tree_depth=2),
     "NUTS-path": inference.NUTS(draws=4, warmup=3, chains=1, max_tree_depth=2, collapse=False),
+    "SGLD": inference.SGLD(draws=4, thin=1, warmup=6, chains=2),
     "NaturalGradient": inference.NaturalGradient(rounds=3, draws=30, rest=2),
 }
 

@@ -7,6 +7,7 @@ from pyrodyn.guides.amortised import Amortised, AmortisedGuide, recognised
 from pyrodyn.guides.base import GuideFactory, Start
 from pyrodyn.guides.draws import draw_globals, draw_trials
 from pyrodyn.guides.gaussian import FullRank, LowRank, MeanField, PointEstimate
+from pyrodyn.guides.last_layer import LastLayer, LastLayerGuide
 from pyrodyn.guides.structured import Structured, StructuredGuide
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "AmortisedGuide",
     "FullRank",
     "GuideFactory",
+    "LastLayer",
+    "LastLayerGuide",
     "LowRank",
     "MeanField",
     "PointEstimate",

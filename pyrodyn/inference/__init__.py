@@ -8,12 +8,14 @@ from pyrodyn.inference.laplace import Laplace
 from pyrodyn.inference.local import LocalInference
 from pyrodyn.inference.natural import NaturalGradient
 from pyrodyn.inference.nuts import NUTS
+from pyrodyn.inference.sgld import SGLD
 from pyrodyn.inference.svi import SVI
 from pyrodyn.inference.training import Constant, Cosine, EarlyStopping, Training
 
 __all__ = [
     "HMC",
     "NUTS",
+    "SGLD",
     "SVI",
     "Constant",
     "Cosine",

@@ -97,6 +97,7 @@ class Gibbs:
         if local:
             kept = np.arange(run.every - 1, self.draws, run.every)
         notes: dict[str, Any] = {
+            "globals": "draws of Gibbs sampling",
             "atoms": "sampled",
             "sweeps_per_chain": self.warmup + self.thin * self.draws,
         }

@@ -106,6 +106,7 @@ class HMC:
             local=local,
             stats={"diverging": diverging, "acceptance_rate": run.acceptance.squeeze(1).mT},
             notes={
+                "globals": "draws of Hamiltonian Monte Carlo",
                 "superchains": self.superchains,
                 "step_size": float(run.ensemble.step_size),
                 "longest_trajectory": float(run.ensemble.length),

@@ -104,7 +104,12 @@ class Laplace:
             samples,
             treatment,
             stats={"log_q": log_q.unsqueeze(0)},
-            notes={"log_evidence": evidence, "log_evidence_estimator": "Laplace over globals", "converged": converged},
+            notes={
+                "globals": "a Gaussian at the mode",
+                "log_evidence": evidence,
+                "log_evidence_estimator": "Laplace over globals",
+                "converged": converged,
+            },
             warnings=tuple(warnings),
         )
 

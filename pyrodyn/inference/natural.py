@@ -130,7 +130,13 @@ class NaturalGradient:
             local={"latent": fitted.law.sample(torch.Size((len(kept),))).unsqueeze(0)},
             kept=kept,
             history={"bound": fitted.bounds[: fitted.round]},
-            notes={"elbo": bound, "converged": converged, "treatment": treatment, "lifted_directions": lifted},
+            notes={
+                "globals": "a law for each site, see treatment",
+                "elbo": bound,
+                "converged": converged,
+                "treatment": treatment,
+                "lifted_directions": lifted,
+            },
             warnings=()
             if converged
             else (f"NaturalGradient: the bound still moved after rounds={self.rounds}; raise rounds",),

@@ -92,7 +92,11 @@ class NUTS:
             treatment,
             local=local,
             stats={"diverging": torch.from_numpy(diverging)},
-            notes={"step_size": [float(c["step_size"]) for c in chains], "acceptance_rate": acceptance},
+            notes={
+                "globals": "draws of the no-U-turn sampler",
+                "step_size": [float(c["step_size"]) for c in chains],
+                "acceptance_rate": acceptance,
+            },
             warnings=tuple(warnings),
         )
 

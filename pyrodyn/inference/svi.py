@@ -15,6 +15,7 @@ from pyrodyn.guides import (
     AmortisedGuide,
     FullRank,
     GuideFactory,
+    LastLayerGuide,
     LowRank,
     PointEstimate,
     Start,
@@ -113,6 +114,10 @@ class SVI:
                 seed=seed,
             )
             run.train(checkpoint)
+            if amortised and isinstance(guide.globals, LastLayerGuide):
+                values, _ = draw_globals(guide, recording, 1)
+                local = draw_trials(guide, values, recording, factory.weights.samples)
+                guide.globals.settle(program, recording, local)
             samples, log_q, local, kept = self._draw(guide, factory, treated, recording)
         losses = run.losses[: run.step]
         notes = {

@@ -138,7 +138,7 @@ class Portion:
         self.options, self.seed_of = options, seed_of
         self.total = recording.num_trials
         self.positions, self.held_out = np.zeros(0, dtype=int), None
-        self.rest = recording
+        self.rest = recording.batch(np.arange(self.total)) if options.by_trial else recording
         if options.stopping is not None:
             size = max(1, round(options.stopping.share * self.total))
             if size >= self.total:
@@ -147,22 +147,26 @@ class Portion:
                 )
             order = np.random.default_rng(seed_of(HELD_OUT)).permutation(self.total)
             self.positions = np.sort(order[:size])
-            self.held_out = recording.isel(trial=self.positions)
-            self.rest = recording.isel(trial=np.sort(order[size:]))
+            self.held_out = recording.batch(self.positions)
+            self.rest = recording.batch(np.sort(order[size:]))
         self.size = min(options.batch or self.rest.num_trials, self.rest.num_trials)
         self._round, self._order = -1, np.zeros(0, dtype=int)
 
     def at(self, step: int) -> Recording:
         """The trials of a step."""
+        return self.rest if self.size == self.rest.num_trials else self.rest.batch(self.positions_at(step))
+
+    def positions_at(self, step: int) -> np.ndarray:
+        """Positions of the trials of a step among those that are not held back."""
         trials = self.rest.num_trials
         if self.size == trials:
-            return self.rest
+            return np.arange(trials)
         batches = trials // self.size
         if step // batches != self._round:
             self._round = step // batches
             self._order = np.random.default_rng([self.seed_of(SHUFFLES), self._round]).permutation(trials)
         place = step % batches * self.size
-        return self.rest.isel(trial=self._order[place : place + self.size])
+        return self._order[place : place + self.size]
 
 
 class Weighted(Messenger):

@@ -82,6 +82,7 @@ class Anchor(NamedTuple):
 
 def anchor(recording: Recording, latent_dim: int, readout: Readout) -> Anchor:
     """The coordinates of a recording; they depend on nothing else."""
+    recording = recording.whole
     start = linear_start(recording, latent_dim, readout)
     loading = start.loading.to(recording.device)
     basis = torch.linalg.qr(loading, mode="complete")[0]

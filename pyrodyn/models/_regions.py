@@ -252,6 +252,7 @@ _STARTS: WeakKeyDictionary[Recording, dict[Any, list[LinearStart]]] = WeakKeyDic
 
 def starts(model: MultiRegionLDS | MultiRegionSwitchingLDS, recording: Recording) -> list[LinearStart]:
     """A linear model of each region by itself; see `linear_start`."""
+    recording = recording.whole
     known = _STARTS.setdefault(recording, {})
     key = (model.latent_dim, model.readout)
     if key not in known:

@@ -37,6 +37,7 @@ def linear_start(recording: Recording, latent_dim: int, readout: Readout | PerRe
 
     Reference: subspace identification after Buesing, Macke & Sahani, NIPS 2012.
     """
+    recording = recording.whole
     known = _STARTS.setdefault(recording, {})
     if (latent_dim, readout) not in known:
         known[latent_dim, readout] = _estimate(recording, latent_dim, readout)
@@ -48,6 +49,7 @@ def static_start(recording: Recording, latent_dim: int, readout: Readout | PerRe
 
     Reference: Tipping & Bishop, J. R. Stat. Soc. B 61:611 (1999), the maximum of the likelihood in closed form.
     """
+    recording = recording.whole
     known = _STATIC.setdefault(recording, {})
     if (latent_dim, readout) not in known:
         known[latent_dim, readout] = _principal(recording, latent_dim, readout)
