@@ -14,7 +14,7 @@ from torch import Tensor
 from pyrodyn.errors import ModelError
 from pyrodyn.inference.engine import double_precision
 from pyrodyn.linalg.slopes import expanded
-from pyrodyn.posterior import model_of, parameters_of
+from pyrodyn.posterior import model_of, parameters_of, thinned
 
 MAX_STEPS = 200
 FIRST_DAMPING = 1e-3  # beside the squared norm of the Jacobian
@@ -151,7 +151,8 @@ def fixed_points(posterior: xr.DataTree, *, draws: int = 50, radius: float = 1.0
     starts = visited[torch.linspace(0, len(visited) - 1, min(STARTS, len(visited))).round().long()]
     with double_precision():
         flow = model.flow(parameters_of(posterior, known, draws))
-        count = len(flow(starts[:1].expand(1, 1, -1)))
+        sizes = posterior["posterior"].sizes
+        count = len(thinned(sizes["chain"] * sizes["draw"], draws))
 
         def mean(state: Tensor) -> Tensor:
             return flow(state.expand(count, *state.shape[-2:])).mean(0, keepdim=True)

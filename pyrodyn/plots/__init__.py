@@ -1,10 +1,11 @@
-"""Pictures of a posterior: latents beside the data, eigenvalues, traces, predicted rates, modes, the graph of
-regions, checks.
+"""Pictures of a posterior: latents beside the data, eigenvalues, traces, predicted rates, flows, forecasts, inferred
+inputs, modes, the graph of regions, checks.
 
 Every function returns a `matplotlib.figure.Figure` that belongs to the caller alone: pyplot is never touched, so
 nothing needs closing and no screen is needed. Write one with ``figure.savefig("latents.png")``.
 """
 
+from pyrodyn.plots.dynamics import flow_field, forecast, inferred_inputs, raster, trajectories
 from pyrodyn.plots.figures import calibration, eigenvalues, latents, rates, summary, trace
 from pyrodyn.plots.graphs import (
     plot_block_dynamics,
@@ -22,6 +23,9 @@ __all__ = [
     "comparison",
     "dwell_times",
     "eigenvalues",
+    "flow_field",
+    "forecast",
+    "inferred_inputs",
     "latents",
     "mode_flows",
     "mode_raster",
@@ -30,8 +34,10 @@ __all__ = [
     "plot_impulse_responses",
     "plot_intervention",
     "plot_strengths",
+    "raster",
     "rates",
     "summary",
     "trace",
+    "trajectories",
     "transition_graph",
 ]

@@ -13,6 +13,7 @@ from pyrodyn.fitting import predict
 from pyrodyn.plots.panels import (
     COLOURS,
     GREY,
+    chosen_trials,
     colour_of,
     draw_calibration,
     draw_circle,
@@ -57,11 +58,7 @@ def latents(posterior: xr.DataTree, *, trials: Sequence[int | str] | None = None
         Where a trial does not exist, or the posterior holds no paths.
     """
     paths = variable_of(posterior, "latents", "mean")
-    known = paths["trial"].values.tolist()
-    chosen = known[:3] if trials is None else list(trials)
-    for trial in chosen:
-        if trial not in known:
-            raise ValueError(f"trials: there is no trial {trial!r}; the posterior has {some(known)}")
+    chosen = chosen_trials(paths["trial"].values.tolist(), trials, 3)
     figure = new_figure(2.0 + 2.6 * len(chosen) if len(chosen) > 1 else 7.0, 5.0)
     axes = figure.subplots(2, len(chosen), sharex="col", sharey="row", squeeze=False, height_ratios=(1.3, 1.0))
     image = None

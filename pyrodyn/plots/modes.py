@@ -19,10 +19,13 @@ from pyrodyn.checks import replicated_latents
 from pyrodyn.plots.panels import (
     COLOURS,
     GREY,
+    chosen_trials,
     draw_arrow,
+    draw_flow,
+    grid_about,
     new_figure,
     on_circle,
-    some,
+    plane_of,
     styled,
     variable_of,
 )
@@ -31,9 +34,7 @@ from pyrodyn.statistics import dwells, survival
 
 INTERVAL = (0.05, 0.95)
 ONE_ROW = 3  # panels, one for each mode, up to which they stand in one row
-GRID = 13  # arrows along a side of a flow field
 FLOWS = 50  # draws whose flows are compared
-FAINTEST = 0.12  # opacity of an arrow on whose direction draws do not agree at all
 REPLICATES = 50  # simulated recordings
 WIDEST = 6.0  # points: an arrow that a mode always leaves by
 RAREST = 0.02  # share of the ways out of a mode that is not drawn
@@ -129,22 +130,16 @@ def mode_flows(
     """
     path, dynamics, bias = _system(posterior)
     every = path.values[_inside(posterior, path)]
-    centre, plane, names = _plane(every, path)
+    centre, plane, names = plane_of(every, path)
     shown = _chosen(posterior, path, trials, window)
     held = _inside(posterior, shown)
     chosen = variable_of(posterior, "latents", "mode_probability")
     modes = chosen.sel(trial=shown["trial"], time=shown["time"]).values.argmax(-1)
     points = (shown.values - centre) @ plane
-    seen = points[held]
-    low, high = seen.min(0), seen.max(0)
-    margin = 0.08 * (high - low).max() + 1e-12
-    sides = [np.linspace(a - margin, b + margin, GRID) for a, b in zip(low, high, strict=True)]
-    grid = np.stack(np.meshgrid(*sides), -1).reshape(-1, 2)
+    sides, grid = grid_about(points[held])
     states = centre + grid @ plane.T
     drift = np.einsum("skij,pj->skpi", dynamics - np.eye(len(centre)), states) + bias[:, :, None]
     flow = drift @ plane  # (draw, mode, point, 2)
-    mean = flow.mean(0)
-    agreement = np.linalg.norm(mean, axis=-1) / np.maximum(np.linalg.norm(flow, axis=-1).mean(0), 1e-300)
 
     labels = chosen["mode"].values
     colours = _colours(len(labels))
@@ -157,14 +152,8 @@ def mode_flows(
         own = steps & (modes[:, 1:] == k)
         panel.add_collection(LineCollection(list(ends[steps & ~own]), colors=GREY, linewidths=0.4, alpha=0.35))
         panel.add_collection(LineCollection(list(ends[own]), colors=[colours[k]], linewidths=1.1, label="path"))
-        longest = np.linalg.norm(mean[k], axis=-1).max()
-        apart = min(side[1] - side[0] for side in sides)
-        opacity = FAINTEST + (1.0 - FAINTEST) * agreement[k]
-        panel.quiver(
-            *grid.T, *mean[k].T, angles="xy", scale_units="xy", scale=max(longest, 1e-300) / apart, width=0.006,
-            color=[(0.0, 0.0, 0.0, a) for a in opacity],
-        )  # fmt: skip
-        panel.set(xlim=sides[0][[0, -1]], ylim=sides[1][[0, -1]], title=f"mode {label}")
+        draw_flow(panel, sides, flow[:, k])
+        panel.set_title(f"mode {label}")
     for panel in panels.flat[len(labels) :]:
         panel.set_axis_off()
     figure.supxlabel(names[0], fontsize=8.0)
@@ -295,11 +284,7 @@ def _chosen(
     window: tuple[float, float] | None,
 ) -> xr.DataArray:
     """Some trials of (trial, time, ...), and the bins that begin within the window."""
-    known = variable["trial"].values.tolist()
-    chosen = known if trials is None else list(trials)
-    for trial in chosen:
-        if trial not in known:
-            raise ValueError(f"trials: there is no trial {trial!r}; the posterior has {some(known)}")
+    chosen = chosen_trials(variable["trial"].values.tolist(), trials, variable.sizes["trial"])
     time = variable["time"].values
     first, last = (time[0], np.inf) if window is None else window
     held = (time >= first) & (time < last)
@@ -346,13 +331,3 @@ def _system(posterior: xr.DataTree) -> tuple[xr.DataArray, np.ndarray, np.ndarra
     data = posterior["constant_data"].to_dataset()
     seen = variable_of(posterior, "observed_data", "observations")
     return (seen - data["center"]) / data["scale"], steps, push
-
-
-def _plane(every: np.ndarray, path: xr.DataArray) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Centre (latent,), directions (latent, 2), and names of what is drawn."""
-    dim = str(path.dims[-1])
-    if every.shape[-1] == 2:
-        return np.zeros(2), np.eye(2), [f"{dim} {label}" for label in path[dim].values]
-    centre = every.mean(0)
-    directions = np.linalg.svd(every - centre, full_matrices=False)[2][:2].T
-    return centre, directions, [f"component {i} of the {dim}s" for i in (1, 2)]

@@ -20,6 +20,8 @@ BAND = 1.645  # standard deviations on either side of a normal's mean that hold 
 LABEL_LIMIT = 40  # regions that can be named along an axis
 QUANTILE_BINS = 12  # points in a calibration plot
 BEND = 0.16  # of an arrow, so that its answer runs beside it
+GRID = 13  # arrows along a side of a flow field
+FAINTEST = 0.12  # opacity of an arrow on whose direction draws do not agree at all
 LABELLED = 0.35  # of an arrow's way, where a label stands
 
 styled = matplotlib.rc_context(
@@ -171,6 +173,47 @@ def draw_arrow(
     bent = 0.5 * (start + end) + BEND * np.array([along[1], -along[0]])
     # Not at the middle, where arrows cross.
     return (1.0 - LABELLED) ** 2 * start + 2.0 * LABELLED * (1.0 - LABELLED) * bent + LABELLED**2 * end
+
+
+def plane_of(every: np.ndarray, path: xr.DataArray) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Centre (latent,), directions (latent, 2), and names of the plane that states (state, latent) are drawn in."""
+    dim = str(path.dims[-1])
+    if every.shape[-1] == 2:
+        return np.zeros(2), np.eye(2), [f"{dim} {label}" for label in path[dim].values]
+    centre = every.mean(0)
+    directions = np.linalg.svd(every - centre, full_matrices=False)[2][:2].T
+    return centre, directions, [f"component {i} of the {dim}s" for i in (1, 2)]
+
+
+def grid_about(points: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """Both sides of a grid about points (point, 2) of a plane, and its corners (corner, 2)."""
+    low, high = points.min(0), points.max(0)
+    margin = 0.08 * (high - low).max() + 1e-12
+    sides = [np.linspace(a - margin, b + margin, GRID) for a, b in zip(low, high, strict=True)]
+    return sides, np.stack(np.meshgrid(*sides), -1).reshape(-1, 2)
+
+
+def draw_flow(axes: Axes, sides: Sequence[np.ndarray], flow: np.ndarray) -> None:
+    """Arrows of the mean of flows (draw, corner, 2) on a grid; they fade where draws do not agree on a direction."""
+    mean = flow.mean(0)
+    agreement = np.linalg.norm(mean, axis=-1) / np.maximum(np.linalg.norm(flow, axis=-1).mean(0), 1e-300)
+    longest = np.linalg.norm(mean, axis=-1).max()
+    apart = min(side[1] - side[0] for side in sides)
+    opacity = FAINTEST + (1.0 - FAINTEST) * agreement
+    axes.quiver(
+        *np.stack(np.meshgrid(*sides), -1).reshape(-1, 2).T, *mean.T, angles="xy", scale_units="xy",
+        scale=max(longest, 1e-300) / apart, width=0.006, color=[(0.0, 0.0, 0.0, a) for a in opacity],
+    )  # fmt: skip
+    axes.set(xlim=sides[0][[0, -1]], ylim=sides[1][[0, -1]])
+
+
+def chosen_trials(known: Sequence[Any], trials: Sequence[Any] | None, first: int) -> list[Any]:
+    """The trials asked for, by default the first few; refused where one does not exist."""
+    chosen = list(known[:first]) if trials is None else list(trials)
+    for trial in chosen:
+        if trial not in known:
+            raise ValueError(f"trials: there is no trial {trial!r}; the posterior has {some(known)}")
+    return chosen
 
 
 def of_trial(posterior: xr.DataTree, variable: xr.DataArray, trial: Any) -> xr.DataArray:
