@@ -11,7 +11,7 @@ import torch
 from scipy.stats import multivariate_normal
 
 from pyrodyn import readouts
-from pyrodyn.conditionals.paths import Reference, parted, settled, turn, turned_path
+from pyrodyn.conditionals.paths import Leftover, Reference, parted, settled, turn, turned_path
 from pyrodyn.conditionals.regression import SourceLaw, SourceSets
 from pyrodyn.conditionals.units import draw_coefficients, draw_noise
 from pyrodyn.conditioning import path_evidence
@@ -160,13 +160,47 @@ def test_under_a_gaussian_readout_the_reference_is_the_likelihood():
     near = prior.condition(*reference.potential(readout))
     with random_stream(1):
         path = torch.randn(7, 1, 2, 1, dtype=torch.float64)
-    rest, slope = reference.rest(readout, readout.predict(path), observations)
+    rest, slope = Leftover(readout, observations, *reference.potential(readout))(path)
     torch.testing.assert_close(rest, rest[:1].expand(7, 1, 2))
     torch.testing.assert_close(slope, torch.zeros_like(slope), atol=1e-12, rtol=0.0)
     at_offset = readout.log_likelihood(readout.offset.expand(1, 2, 1), observations)
     torch.testing.assert_close(
         near.log_normaliser - prior.log_normaliser + at_offset, path_evidence(prior, readout, observations)
     )
+
+
+@pytest.mark.parametrize("level", [False, True])
+def test_what_a_reference_leaves_over_is_the_likelihood_less_its_quadratic_whatever_the_pieces(monkeypatch, level):
+    with random_stream(3):
+        path, loading = torch.randn(2, 3, 11, 2, dtype=torch.float64), torch.randn(2, 1, 5, 2, dtype=torch.float64)
+        seen = torch.rand(3, 11, 5) < 0.8
+        observations = torch.poisson(torch.ones(3, 11, 5, dtype=torch.float64))
+        centre = torch.randn(2, 3, 11, 5, dtype=torch.float64)
+    readout = AffineReadout(readouts.Poisson(), path, loading, torch.zeros(2, 1, 5, dtype=torch.float64), None, seen)
+    reference = Reference.about(readout, centre, observations)
+    if level:
+        reference = reference.levelled(seen)
+        one = reference.curvature[0, :, :, 2]
+        assert float(one[seen[..., 2]].std()) < 1e-12 and not bool(one[~seen[..., 2]].any())
+    monkeypatch.setattr("pyrodyn.conditionals.paths.PIECE", 100)
+    rest = Leftover(readout, observations, *reference.potential(readout))
+    assert len(rest.pieces) > 3
+
+    def by_units(at: torch.Tensor) -> torch.Tensor:
+        predictor = readout.predict(at)
+        apart = predictor - centre
+        quadratic = apart * (reference.score - 0.5 * reference.curvature * apart)
+        return readout.log_likelihood(predictor, observations) - quadratic.sum((-2, -1))
+
+    there = path.flip(-2).requires_grad_()
+    expected = by_units(there)
+    torch.testing.assert_close(
+        rest.value(there).sum(-1) - rest.value(path).sum(-1), expected - by_units(path), rtol=1e-9, atol=1e-9
+    )
+    (slope,) = torch.autograd.grad(expected.sum(), there)
+    value, force = rest(there.detach())
+    torch.testing.assert_close(value, rest.value(there.detach()))
+    torch.testing.assert_close(force, slope, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["compiled", "parallel"])

@@ -29,6 +29,7 @@ from pyrodyn.recording import Recording
 
 KICKS = 2  # to a trajectory
 LEAST_CURVATURE = 1e-6
+PIECE = 60_000  # numbers (chain, trial, time, unit) at a time
 SPREAD = 3  # pairs of paths over which a reference is averaged
 
 
@@ -45,17 +46,61 @@ class Reference(NamedTuple):
         _, score, curvature = readout.expand_log(predictor, observations)
         return cls(predictor, score, curvature)
 
+    def levelled(self, mask: Tensor | None) -> Reference:
+        """With the mean curvature of every unit in all bins in which it is seen, ``mask`` (trial, time, unit).
+
+        If that is in all, the potential has one precision, and all trials share its factor.
+        """
+        if mask is None:
+            return self._replace(curvature=self.curvature.mean((1, 2), keepdim=True))
+        total = self.curvature.sum((1, 2), keepdim=True)
+        return self._replace(curvature=torch.where(mask, total / mask.sum((0, 1)).clamp(min=1), 0.0))
+
     def potential(self, readout: AffineReadout) -> tuple[Tensor, Tensor]:
         """As a Gaussian potential on the path, precision and linear part."""
         pull = self.score + self.curvature * (self.centre - readout.offset)
         return outer(readout, self.curvature), pull @ readout.loading
 
-    def rest(self, readout: AffineReadout, predictor: Tensor, observations: Tensor) -> tuple[Tensor, Tensor]:
-        """What the reference leaves over: value (*batch, time) and derivative in the predictor (*batch, time, unit)."""
-        fit, score, _ = readout.expand_bins(predictor, observations)
-        apart = predictor - self.centre
-        slope = torch.addcmul(self.score, self.curvature, apart, value=-1.0)
-        return fit - 0.5 * (apart * (self.score + slope)).sum(-1), score - slope
+
+class Leftover:
+    """What a quadratic `Reference` leaves over of the log likelihood of a path, up to a constant.
+
+    The quadratic is one in the path, whose few latents stand for many units: it is taken there.
+
+    Parameters
+    ----------
+    readout : AffineReadout
+    observations : Tensor, (chain or 1, trial, time, unit)
+    precision, linear : Tensor
+        The reference as a potential on the path.
+    """
+
+    def __init__(self, readout: AffineReadout, observations: Tensor, precision: Tensor, linear: Tensor) -> None:
+        self.loading, self.precision, self.linear = readout.loading, precision, linear
+        # A few bins at a time: what is computed for every unit then stays in the processor's cache.
+        batch, (bins, units) = readout.batch_shape, readout.event_shape
+        size = max(1, PIECE // (batch.numel() * units))
+        places = [slice(start, min(start + size, bins)) for start in range(0, bins, size)]
+        self.pieces = [(place, readout.of_bins(place), observations[..., place, :]) for place in places]
+
+    def value(self, path: Tensor) -> Tensor:
+        """In every bin, (chain, trial, time)."""
+        fit = [readout.kernel_bins(readout.predict(path[..., place, :]), seen) for place, readout, seen in self.pieces]
+        return torch.cat(fit, -1) - (path * (self.linear - 0.5 * self._pulled(path))).sum(-1)
+
+    def __call__(self, path: Tensor) -> tuple[Tensor, Tensor]:
+        """`value`, and its derivative in the path (chain, trial, time, latent)."""
+        fit, force = [], []
+        for place, readout, seen in self.pieces:
+            value, score, _ = readout.expand_bins(readout.predict(path[..., place, :]), seen)
+            fit.append(value)
+            force.append(score @ self.loading)
+        pulled = self._pulled(path)
+        value = torch.cat(fit, -1) - (path * (self.linear - 0.5 * pulled)).sum(-1)
+        return value, torch.cat(force, -2) - self.linear + pulled
+
+    def _pulled(self, path: Tensor) -> Tensor:
+        return (self.precision @ path.unsqueeze(-1)).squeeze(-1)
 
 
 def gaussian_path(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) -> Tensor:
@@ -71,12 +116,8 @@ def turned_path(
 
     Returns the path (chain, trial, time, latent) and the acceptance probability (chain, trial).
     """
-
-    def rest(at: Tensor) -> tuple[Tensor, Tensor]:
-        value, slope = reference.rest(readout, readout.predict(at), observations)
-        return value, slope @ readout.loading
-
-    moved, acceptance = turn(prior.condition(*reference.potential(readout)), rest, path)
+    potential = reference.potential(readout)
+    moved, acceptance = turn(prior.condition(*potential), Leftover(readout, observations, *potential), path)
     return moved, acceptance.squeeze(-1)
 
 

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyrodyn.conditionals.paths import factors
+from pyrodyn.conditionals.paths import Leftover, factors
 from pyrodyn.conditionals.surrogate import BATCH_NUMBERS, Quadratic
 from pyrodyn.conditioning import gaussian_potential
 from pyrodyn.distributions.network import log_stability
 from pyrodyn.readouts import AffineReadout
 
 if TYPE_CHECKING:
-    from pyrodyn.distributions import NetworkLayout
+    from pyrodyn.distributions import GaussMarkov, NetworkLayout
     from pyrodyn.models._regions import MultiRegionParameters
     from pyrodyn.models._regions_sweep import RegionSweep, State
 
 
 SCATTER = 5  # runs under the surrogate that make a chain's first network
 ACCEPTED = 0.4  # of the moves of the network, to which their caution adapts
+_LOG_ROOT = 0.5 * math.log(2.0 * math.pi)
 
 
 class Scored(NamedTuple):
@@ -58,10 +60,7 @@ def learn(sweep: RegionSweep, state: State, held: State) -> Quadratic:
     """The quadratic of the dynamics about ``held``, (chain, ...), other parameters as they are there."""
     layout = sweep.layout
     _, readout = factors(sweep.model, sweep.parameters(held), sweep.recording)
-    if sweep.model.readout.is_gaussian:
-        precision, linear = gaussian_potential(readout, sweep.seen(held))
-    else:
-        precision, linear = sweep.reference(state | held).potential(readout)
+    precision, linear = _potential(sweep, state | held, readout)
 
     def gradient(points: Tensor, owner: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -75,18 +74,29 @@ def learn(sweep: RegionSweep, state: State, held: State) -> Quadratic:
     return Quadratic.about(layout.vector(held["dynamics"]), gradient, batch)
 
 
+def _potential(sweep: RegionSweep, state: State, readout: AffineReadout) -> tuple[Tensor, Tensor]:
+    """The observations as a potential on the path, precision and linear part; counts by a reference for the network.
+
+    Its curvature is the same in all bins: it is renewed for every block of rows, and costs a fraction of one that is
+    not, while steps of the network are as often accepted.
+    """
+    if sweep.model.readout.is_gaussian:
+        return gaussian_potential(readout, sweep.seen(state))
+    return sweep.reference(state).levelled(sweep.recording.mask).potential(readout)
+
+
 def move_network(sweep: RegionSweep, state: State, adapt: bool) -> None:
     """The rows of every region in turn, edges and all, the path integrated out or moving with them."""
-    seen, gaussian = sweep.seen(state), sweep.model.readout.is_gaussian
     parameters = sweep.parameters(state)
     _, readout = factors(sweep.model, parameters, sweep.recording)
-    potential = gaussian_potential(readout, seen) if gaussian else sweep.reference(state).potential(readout)
+    potential = _potential(sweep, state, readout)
+    rest = None if sweep.model.readout.is_gaussian else Leftover(readout, sweep.seen(state), *potential)
     information, prior = state["caution"][:, None, None] * state["information"], sweep.prior(state)
-    here = _scored(sweep, state, parameters, potential, sweep.layout.vector(state["dynamics"]), readout, None)
+    here = _scored(sweep, state, parameters, potential, rest, sweep.layout.vector(state["dynamics"]), None)
     rates = []
     for block in torch.randperm(len(sweep.proposal.blocks)).tolist():
         vector, ahead = sweep.proposal.step(block, here.vector, here.slope, information, prior)
-        there = _scored(sweep, state, parameters, potential, vector, readout, here)
+        there = _scored(sweep, state, parameters, potential, rest, vector, here)
         behind = sweep.proposal.log_density(block, there.vector, there.slope, information, prior, here.vector, ahead)
         change = there.value + behind - here.value - ahead.log_density
         acceptance = torch.nan_to_num(change, -torch.inf).clamp(max=0.0).exp()
@@ -107,30 +117,48 @@ def _scored(
     state: State,
     parameters: MultiRegionParameters,
     potential: tuple[Tensor, Tensor],
+    rest: Leftover | None,
     vector: Tensor,
-    readout: AffineReadout,
     origin: Scored | None,
 ) -> Scored:
     """Log density and slope of networks (chain, entry), and the path that has the noise of ``origin``'s."""
-    with torch.enable_grad():
-        points = vector.detach().requires_grad_()
-        moved = parameters._replace(dynamics=sweep.layout.matrix(points).unsqueeze(1))
-        prior = sweep.model.latent_path(moved, sweep.recording)
-        near = prior.condition(*potential)
-        evidence = (near.log_normaliser - prior.log_normaliser).sum(-1)
-        (slope,) = torch.autograd.grad(evidence.sum(), points)
-    value = evidence.detach() + sweep.prior(state).log_prob(vector)
+    moved = parameters._replace(dynamics=sweep.layout.matrix(vector).unsqueeze(1))
+    prior = sweep.model.latent_path(moved, sweep.recording)
+    near = prior.condition(*potential)
+    evidence, slope = _evidence(sweep, moved, prior, near)
+    value = evidence + sweep.prior(state).log_prob(vector)
     path, noise = state["path"], None
-    if not sweep.model.readout.is_gaussian:
-        near = near.detach()
+    if rest is not None:
         if origin is None or origin.noise is None:
             noise = near.noise_of(path)
         else:
             noise, path = origin.noise, near.draw(origin.noise)
-        rest, _ = sweep.reference(state).rest(readout, readout.predict(path), sweep.seen(state))
-        value = value + rest.sum((-2, -1))
+        value = value + rest.value(path).sum((-2, -1))
     bad = ~(torch.isfinite(value) & torch.isfinite(slope).all(-1))
     return Scored(vector, torch.where(bad, -torch.inf, value), torch.where(bad.unsqueeze(-1), 0.0, slope), path, noise)
+
+
+def _evidence(
+    sweep: RegionSweep, parameters: MultiRegionParameters, prior: GaussMarkov, near: GaussMarkov
+) -> tuple[Tensor, Tensor]:
+    r"""Log evidence of the dynamics (chain), and its slope (chain, entry) by Fisher's identity.
+
+    .. math:: \nabla_A \log Z = Q^{-1} \sum_t E[(x_t - A x_{t-1} - b_t) x_{t-1}^\top],
+
+    under ``near``, whose factor serves the draw of the path, too.
+    """
+    bins, latents = near.event_shape
+    evidence = 0.5 * (near.linear * near.mean).sum((-2, -1)) + near.log_whitening_jacobian - prior.log_normaliser
+    evidence = evidence.sum(-1) + near.batch_shape[-1] * bins * latents * _LOG_ROOT
+    before, after = near.mean[..., :-1, :], near.mean[..., 1:, :]
+    drift = sweep.model.drift(parameters, sweep.recording)
+    if drift is not None:
+        after = after - drift
+    lagged = after.flatten(1, 2).mT @ before.flatten(1, 2) + near.cross_covariance.sum((1, 2)).mT
+    own = before.flatten(1, 2).mT @ before.flatten(1, 2) + near.covariance[..., :-1, :, :].sum((1, 2))
+    residual = lagged - parameters.dynamics.squeeze(1) @ own
+    noise = sweep.model.process_noise(parameters, sweep.layout).squeeze(1)
+    return evidence, sweep.layout.vector(torch.linalg.solve(noise, residual))
 
 
 def _signs(sweep: RegionSweep, state: State, scored: Scored) -> Tensor:

@@ -28,7 +28,8 @@ def place_regressors(sweep: RegionSweep) -> None:
         fixed.append(model.design(sweep.recording)[:, 1:])
     if sweep.recording.num_inputs and sweep.recording.inputs is not None:
         fixed.append(sweep.recording.inputs[:, 1:])
-    sweep.fixed = torch.cat(fixed, -1) if fixed else None
+    sweep.fixed = torch.cat(fixed, -1).flatten(0, 1) if fixed else None
+    sweep.fixed_gram = None if sweep.fixed is None else sweep.fixed.mT @ sweep.fixed
     extra = torch.arange(regional, sweep.driven.stop)
     matrix_mean = layout.matrix(sweep.law.mean_entry)
     sweep.targets = []
@@ -54,10 +55,10 @@ def draw_rows(sweep: RegionSweep, state: State) -> None:
     chains, regional = len(path), layout.regional
     before, after = path[:, :, :-1], path[:, :, 1:]
     coefficients = _coefficients(sweep, state)
-    fixed = None if sweep.fixed is None else sweep.fixed.expand(chains, *sweep.fixed.shape)
+    fixed = sweep.fixed
     rest = after[..., :regional] - before @ coefficients[:, None, : layout.size]
     if fixed is not None:
-        rest = rest - fixed @ coefficients[:, None, sweep.locked.start :]
+        rest = rest - (fixed @ coefficients[:, sweep.locked.start :]).view_as(rest)
     parts = [before]
     if sweep.model.shared_innovations:
         shared = coefficients[:, sweep.shared]  # (chain, shared, regional)
@@ -66,11 +67,15 @@ def draw_rows(sweep: RegionSweep, state: State) -> None:
         mean = torch.cholesky_solve((rest @ shared.mT.unsqueeze(1)).flatten(1, 2).mT, root).mT
         noise = torch.linalg.solve_triangular(root.mT, torch.randn_like(mean).mT, upper=True).mT
         parts.append((mean + noise).unflatten(1, before.shape[1:3]))
-    if fixed is not None:
-        parts.append(fixed)
     design = torch.cat(parts, -1).flatten(1, 2)
     target = after[..., :regional].flatten(1, 2)
     gram, cross = design.mT @ design, design.mT @ target
+    if fixed is not None and sweep.fixed_gram is not None:
+        mixed = fixed.mT @ torch.cat([design, target], -1)
+        mixed, lower = mixed.split([design.shape[-1], regional], -1)
+        own = sweep.fixed_gram.expand(chains, -1, -1)
+        gram = torch.cat([torch.cat([gram, mixed.mT], -1), torch.cat([mixed, own], -1)], -2)
+        cross = torch.cat([cross, lower], -2)
     new, presence = torch.zeros_like(coefficients), layout.presence(state["dynamics"])
     prior = sweep.prior(state)
     weight = layout.matrix(prior.weight)
@@ -91,7 +96,10 @@ def draw_rows(sweep: RegionSweep, state: State) -> None:
     kept = accepted[:, None, None]
     state["dynamics"] = torch.where(kept, dynamics, state["dynamics"])
     _spread(sweep, state, torch.where(kept, new, coefficients))
-    state["residual"] = target - design @ torch.where(kept, new, coefficients)
+    coefficients = torch.where(kept, new, coefficients)
+    state["residual"] = target - design @ coefficients[:, : design.shape[-1]]
+    if fixed is not None:
+        state["residual"] -= fixed @ coefficients[:, sweep.locked.start :]
 
 
 def _coefficients(sweep: RegionSweep, state: State) -> Tensor:

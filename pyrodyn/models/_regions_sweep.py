@@ -50,7 +50,8 @@ class RegionSweep:
     shared: slice
     locked: slice
     driven: slice
-    fixed: Tensor | None
+    fixed: Tensor | None  # (trial x bin, regressor): of bins after the first
+    fixed_gram: Tensor | None
     targets: list[tuple[slice, SourceSets, Tensor, Tensor, list[int]]]
 
     def __init__(

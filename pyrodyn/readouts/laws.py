@@ -411,6 +411,12 @@ class AffineReadout(TorchDistribution):
         pairs = (self.loading.unsqueeze(-1) * self.loading.unsqueeze(-2)).flatten(-2)
         return covariance.flatten(-2) @ pairs.mT
 
+    def of_bins(self, place: slice) -> AffineReadout:
+        """The readout of some bins that follow each other."""
+        noise = None if self.noise is None else self.noise.squeeze(-2)
+        observed = None if self.observed is None else self.observed[..., place, :]
+        return AffineReadout(self.law, self.path[..., place, :], self.loading, self.offset.squeeze(-2), noise, observed)
+
     def log_prob(self, value: Tensor) -> Tensor:
         return self.log_likelihood(self.predictor, value)
 
@@ -428,6 +434,10 @@ class AffineReadout(TorchDistribution):
         kernel, score, curvature = self.law.expand_log(predictor, self.noise, value)
         score, curvature = self._where_observed(score), self._where_observed(curvature)
         return self._where_observed(kernel).sum(-1), score, curvature
+
+    def kernel_bins(self, predictor: Tensor, value: Tensor) -> Tensor:
+        """The first of `expand_bins` alone, (*batch, time)."""
+        return self._where_observed(self.law.log_kernel(predictor, self.noise, value)).sum(-1)
 
     def score(self, predictor: Tensor, value: Tensor) -> Tensor:
         """Derivative of the log likelihood in the predictor, zero where unobserved."""
