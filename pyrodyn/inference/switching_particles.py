@@ -31,6 +31,7 @@ from pyrodyn.readouts import AffineReadout
 
 SETTLING = 20  # rounds in which the chain of the proposals is found
 FROM_MODEL = 0.2  # share of the states that the model proposes
+TINY = torch.finfo(torch.float64).tiny
 WIDER = 1.2  # factor of the proposals' standard deviation: weights of one that is too narrow are unbounded
 
 
@@ -109,6 +110,7 @@ class _Steps:
         self.root = torch.linalg.solve_triangular(
             inverse, torch.eye(inverse.shape[-1], dtype=inverse.dtype), upper=False
         )
+        self.table = law.transition.exp()
         self.drift = (inverse.unsqueeze(-4) @ law.drift.unsqueeze(-1)).squeeze(-1)
 
     def log_start(self, state: Tensor) -> Tensor:
@@ -141,15 +143,22 @@ class _Steps:
         return -0.5 * white.square().sum(-1) - constant.unsqueeze(-2)
 
     def predicted(self, bin_: int, before: Tensor, modes: Tensor) -> Tensor:
-        """Log p(z_t | x_1 ... x_t-1), (*batch, particle, mode), from that of the mode before."""
-        rows, law = self.law.transition.unsqueeze(-3), self.law
+        """Log p(z_t | x_1 ... x_t-1), (*batch, particle, mode), from that of the mode before.
+
+        What state and input add to the logits is the same from all modes, so that normalising the rows of every
+        particle's transitions is a product with one matrix, and needs no matrix for each.
+        """
+        law, share = self.law, modes.exp()
+        if law.recurrence is None and law.push is None:
+            return (share @ self.table).clamp(min=TINY).log()
+        logits = before.new_zeros(())
         if law.recurrence is not None:
-            rows = rows + (before @ law.recurrence.mT).unsqueeze(-2)
+            logits = before @ law.recurrence.mT
         if law.push is not None:
-            rows = rows + law.push[..., min(bin_ - 1, law.push.shape[-2] - 1), None, None, :]
-        if law.recurrence is not None or law.push is not None:
-            rows = torch.log_softmax(rows, -1)
-        return (modes.unsqueeze(-1) + rows).logsumexp(-2)
+            logits = logits + law.push[..., min(bin_ - 1, law.push.shape[-2] - 1), None, :]
+        drawn = (logits - logits.amax(-1, keepdim=True)).exp()
+        share = share / (drawn @ self.table.mT).clamp(min=TINY)
+        return ((share @ self.table) * drawn).clamp(min=TINY).log()
 
     def _drift(self, bin_: int) -> Tensor:
         return self.drift[..., min(bin_ - 1, self.drift.shape[-3] - 1), None, :, :]
