@@ -7,15 +7,13 @@ Run from the root of the repository, on one core: ``python benchmarks/bench_lfad
 from __future__ import annotations
 
 import argparse
-import os
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pyro
-import scipy.io
 import torch
+from _reach import reaches
 
 import pyrodyn as dyn
 from pyrodyn import guides, inference, models, systems
@@ -54,14 +52,7 @@ def chaos() -> None:
 
 def reach() -> None:
     """Bits per spike of hidden neurons, as in tutorials/09_lfads_on_reaching.py, beside linear dynamics."""
-    file = Path(os.environ["PYRODYN_DATA"]) / "datahigh_reach" / "ex2_rawspiketrains.mat"
-    raw = scipy.io.loadmat(file, squeeze_me=True)["D"]
-    counts = [trial[:, :1000].reshape(len(trial), 50, 20).sum(-1).T.astype(float) for trial in raw["data"]]
-    whole = dyn.Recording.from_arrays(counts, bin_width=0.02, condition=raw["condition"])
-    busiest = whole.values.sum((0, 1)).argsort(descending=True)[:40].tolist()
-    spikes = whole.isel(unit=sorted(busiest)).split_trials({"train": 0.75, "test": 0.25}, seed=0)
-    train, test = spikes.sel(split="train"), spikes.sel(split="test")
-    hidden = np.sort(np.random.default_rng(0).permutation(test.unit)[:10])
+    train, test, hidden = reaches()
     observed = test.to_xarray()["observations"].sel(unit=hidden)
     guide = guides.Amortised(hidden_dim=24)
     engines = {
