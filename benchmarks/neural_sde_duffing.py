@@ -30,13 +30,12 @@ DRAWS = 100
 CELLS = 12  # in each dimension, over the range of the true paths; those visited in a thousandth of the bins count
 
 
-def informed_rmse(system: System) -> float:
-    """Error of the path that is smoothed with everything known but the path."""
+def informed_target(system: System, sigma: float) -> Target:
+    """Inference of the path with everything known but the path, at some size of the noise."""
     truth, recording = system.truth, system.recording
     flow = field("duffing", alpha=2.0, beta=1.0, gamma=0.1)
     loading, offset = (torch.from_numpy(truth[name].values) for name in ("loading", "offset"))
     noise = torch.full((1, recording.num_units), float(truth.attrs["noise_variance"]) ** 0.5, dtype=torch.float64)
-    sigma = float(truth.attrs["sigma"])
 
     def drift(state: torch.Tensor) -> torch.Tensor:
         x, v = state.unbind(-1)
@@ -47,14 +46,20 @@ def informed_rmse(system: System) -> float:
     grid = grid_of(recording, 1)
     eye = torch.eye(2, dtype=torch.float64)[None, None]
     diffusion = Diffusion(drift, eye, None, eye / sigma**2, grid.steps, 1.5)
-    target = Target(
+    return Target(
         diffusion,
         lambda path: AffineReadout(readouts.Gaussian(), path, loading[None], offset[None], noise, recording.mask),
         recording.observations,
         grid.bins,
     )
+
+
+def informed_rmse(system: System) -> float:
+    """Error of the path that is smoothed with everything known but the path."""
+    truth = system.truth
+    target = informed_target(system, float(truth.attrs["sigma"]))
     law = settled(target, gauss_hermite(2, 3), 60)
-    return float((law.mean[..., grid.bins, :] - torch.from_numpy(truth["latents"].values)).square().mean().sqrt())
+    return float((law.mean[..., target.bins, :] - torch.from_numpy(truth["latents"].values)).square().mean().sqrt())
 
 
 def measure(seed: int, steps_per_bin: int, rounds: int) -> dict[str, Any]:
