@@ -1,8 +1,8 @@
-"""Modes found again: a point on a race track, and rotations seen through spikes.
+"""Modes found again: a point on a race track, rotations seen through spikes, and how many modes there are.
 
 Run from the root of the repository: ``python benchmarks/calibrate_switching.py --table docs/tables/switching.md``, or
-with some of ``track short spikes``. Every fit starts by itself and never sees the truth; modes are matched to the true
-ones afterwards, for the counts alone.
+with some of ``track short spikes longer number``. Every fit starts by itself and never sees the truth; modes are
+matched to the true ones afterwards, for the counts alone.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 
 import pyrodyn as dyn
-from pyrodyn import inference, models, readouts
+from pyrodyn import comparison, inference, models, readouts
 from pyrodyn.posterior import parameters_of
 from pyrodyn.scoring import bits_per_spike
 from pyrodyn.systems import System, nascar, switching_rotations
@@ -30,6 +31,10 @@ SIMULATED = 2000  # bins, of which the first are left out as the way onto the tr
 TRACK = models.SwitchingLDS(4, 2, recurrent=True, readout=readouts.Gaussian())
 ROTATIONS = models.SwitchingLDS(5, 2)
 GIBBS = inference.Gibbs(draws=50, warmup=50, chains=2)
+NUMBERS = (2, 3, 4, 5, 6)
+CLEAR = 2.0  # standard errors
+LONGER = [inference.Gibbs(draws=100, warmup=200, chains=2), inference.Gibbs(draws=200, warmup=600, chains=2)]
+FOLDED = inference.Gibbs(draws=13, warmup=87, chains=2)
 
 
 def fitted(model: Any, recording: dyn.Recording, engine: Any) -> tuple[xr.DataTree, float]:
@@ -54,9 +59,9 @@ def clustered(latents: np.ndarray, truth: np.ndarray) -> float:
     return matched(found, truth.ravel(), 4)[1]
 
 
-def track(bins: int, seed: int) -> str:
+def track(bins: int, seed: int, engine: inference.Gibbs = GIBBS) -> str:
     system = nascar(bins=bins, seed=seed)
-    posterior, seconds = fitted(TRACK, system.recording, GIBBS)
+    posterior, seconds = fitted(TRACK, system.recording, engine)
     truth = system.truth["mode"].values
     found = posterior["latents"]["mode_probability"].values.argmax(-1)
     of_found, accuracy = matched(found, truth, 4)
@@ -96,6 +101,23 @@ def spikes(seed: int) -> str:
     return f"| {seed} | {accuracy:.3f} | {scores[0]:.4f} | {scores[1]:.4f} | {known:.4f} | {seconds:.1f} |"
 
 
+def number(seed: int) -> str:
+    """What two folds of trials say of the number of modes: differences to the best, and their standard errors."""
+    began = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table = dyn.select(
+            lambda num_modes: replace(TRACK, num_modes=num_modes), {"num_modes": NUMBERS},
+            nascar(bins=500, trials=4, seed=seed).recording, FOLDED, method=comparison.KFold(2),
+        )  # fmt: skip
+    rows = [table.sel(model=f"num_modes={k}") for k in NUMBERS]
+    shown = " | ".join(f"{float(row['difference']):.1f} ({float(row['dse']):.1f})" for row in rows)
+    # As good as the best but for chance: fewer modes are preferred where the difference is not clear.
+    least = min(k for k, row in zip(NUMBERS, rows, strict=True) if -row["difference"] <= CLEAR * row["dse"])
+    seconds = time.perf_counter() - began
+    return f"| {seed} | {shown} | {int(table['num_modes'][0])} | {least} | {seconds:.0f} |"
+
+
 def rates_of(posterior: xr.DataTree, recording: dyn.Recording) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dyn.FitWarning)
@@ -115,12 +137,24 @@ HEADS = {
         f"entry in twenty hidden. `{ROTATIONS!r}`.\nBits per spike are of the hidden entries.\n\n"
         "| seed | accuracy | switching | LDS(2) | true rates | s |\n|---|---|---|---|---|---|"
     ),
+    "longer": (
+        "## Longer chains\n\nThe race track of 1000 bins, by sweeps of warm-up and of draws.\n\n"
+        "| sweeps | bins | seed | accuracy | k-means of the true path | phase errors | occupancy | s |\n"
+        "|---|---|---|---|---|---|---|---|"
+    ),
+    "number": (
+        "## How many modes has the race track?\n\nFour trials of 500 bins, two folds, paths and modes integrated out "
+        f"by particles; `{FOLDED!r}`.\nDifferences of the elpd to the best number (nats), with standard errors over "
+        f"trials; *least* is the least number that is not worse than the best by {CLEAR:g} standard errors.\n\n"
+        "| seed | " + " | ".join(f"{k} modes" for k in NUMBERS) + " | best | least | s |\n"
+        "|---|---|---|---|---|---|---|---|---|"
+    ),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", default=["short", "track", "spikes"])
+    parser.add_argument("parts", nargs="*", default=["short", "track", "spikes", "longer", "number"])
     parser.add_argument("--table", type=Path, help="write the table to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -133,11 +167,20 @@ def main() -> None:
                 lines.append(track(bins, seed))
                 print(lines[-1], flush=True)
         lines.append("")
-    if "spikes" in options.parts:
-        lines.append(HEADS["spikes"])
+    if "longer" in options.parts:
+        lines.append(HEADS["longer"])
         for seed in SEEDS:
-            lines.append(spikes(seed))
-            print(lines[-1], flush=True)
+            for engine in (GIBBS, *LONGER):
+                lines.append(f"| {engine.warmup} + {engine.draws} {track(1000, seed, engine)}")
+                print(lines[-1], flush=True)
+        lines.append("")
+    for name, row in (("spikes", spikes), ("number", number)):
+        if name in options.parts:
+            lines.append(HEADS[name])
+            for seed in SEEDS:
+                lines.append(row(seed))
+                print(lines[-1], flush=True)
+            lines.append("")
     if options.table:
         options.table.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
