@@ -19,6 +19,7 @@ from pyrodyn.conditionals.paths import factors, levelled
 from pyrodyn.errors import ModelError
 from pyrodyn.inference.density import LogDensity
 from pyrodyn.inference.engine import double_precision, random_stream
+from pyrodyn.inference.gibbs import climb
 from pyrodyn.inference.mode import Rescaled, ascend
 from pyrodyn.models._regions_network import _evidence, _potential
 from pyrodyn.models._regions_rows import _persistence
@@ -229,6 +230,19 @@ def test_pseudo_observations_of_gaussian_data_are_the_data():
         gain = found(found.unconstrain(moved | {"noise_sd": values["noise_sd"]})) - found(found.unconstrain(values))
         expected = exact(exact.unconstrain(moved | {"noise_sd": values["noise_sd"]})) - exact(exact.unconstrain(values))
     torch.testing.assert_close(gain, expected)
+
+
+def test_chains_start_without_edges_that_may_be_absent():
+    seen = recording()
+    model = models.MultiRegionLDS(1, edges=[("A", "B", 1.0), ("B", "A", 0.5)], time_bumps=0)
+    layout = model.layout(seen)
+    with random_stream(0), double_precision():
+        start = climb(model, seen)
+    presence = layout.presence(layout.matrix(start["network"]))
+    assert presence.tolist() == [[True, False], [True, True]]
+    assert start.keys() == model.initial_values(seen).keys()
+    assert models.MultiRegionLDS(1, edge_probability=1.0).simpler(seen) is None
+    assert models.MultiRegionLDS(1, edge_prior="horseshoe").simpler(seen) is None
 
 
 def test_a_climb_in_coordinates_of_unit_curvature_gets_further():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -42,6 +43,15 @@ class Conditional(Protocol):
     """A model with conditionals to draw from."""
 
     def conditionals(self, recording: Recording, observations: Tensor | None = None) -> Sweep: ...
+
+
+@runtime_checkable
+class Nesting(Protocol):
+    """A model around a simpler one, from whose mode chains start."""
+
+    def simpler(self, recording: Recording) -> tuple[Any, Callable[[dict[str, Tensor]], dict[str, Tensor]]] | None:
+        """The simpler model, and what makes of its values those of this model; None where there is none."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -136,8 +146,14 @@ def _start(model: Any, recording: Any) -> Any:
 def climb(model: Any, recording: Recording) -> dict[str, Tensor]:
     """Values of the globals near the posterior mode, counts taken as Gaussian about a path that follows.
 
-    A model whose path cannot be integrated out brings a start that is good enough as it is.
+    Of a model that nests a simpler one the mode is that one's. A model whose path cannot be integrated out brings a
+    start that is good enough as it is.
     """
+    around: Any = model
+    simpler = around.simpler(recording) if isinstance(around, Nesting) else None
+    if simpler is not None:
+        inner, widened = simpler
+        return widened(climb(inner, recording))
     values = model.initial_values(recording)
     if not collapses(model, recording):
         return values

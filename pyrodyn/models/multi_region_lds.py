@@ -3,8 +3,8 @@ r"""Coupled regions: a hierarchical linear dynamical system with a posterior ove
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
@@ -30,6 +30,8 @@ from pyrodyn.models._regions_sweep import RegionSweep
 from pyrodyn.program import Labelled, StateSpaceModel
 from pyrodyn.readouts import AffineReadout, PerRegion, Poisson, Readout, as_readout
 from pyrodyn.recording import Recording
+
+Values = dict[str, Tensor]  # of the program's global sites
 
 
 @dataclass(frozen=True)
@@ -276,6 +278,23 @@ class MultiRegionLDS(StateSpaceModel):
 
     def initial_values(self, recording: Recording) -> dict[str, Tensor]:
         return _regions.initial_values(self, recording)
+
+    def simpler(self, recording: Recording) -> tuple[MultiRegionLDS, Callable[[Values], Values]] | None:
+        """The model without the edges that may be absent: `inference.Gibbs` starts at its mode, and edges come later.
+
+        What imitates coupling is so tried before coupling is. A horseshoe has no absent edges and no simpler model.
+        """
+        edges = self.possible_edges(recording)
+        sure = tuple(edge for edge in edges if edge.probability == 1.0)
+        if self.edge_prior == HORSESHOE or len(sure) == len(edges):
+            return None
+        inner = replace(self, edges=sure)
+
+        def widened(values: Values) -> Values:
+            dynamics = inner.layout(recording).matrix(values["network"])
+            return values | {"network": self.layout(recording).vector(dynamics)}
+
+        return inner, widened
 
     # ------------------------------------------------------------------------------------------ the posterior
 
