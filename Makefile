@@ -15,7 +15,7 @@ ifneq ($(wildcard ../shared/data/.),)
 export PYRODYN_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help venv demo test check format tutorials bench calibrate fuzz kills clean
+.PHONY: help venv demo test long check format tutorials bench calibrate fuzz kills clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -37,8 +37,13 @@ $(INSTALLED): pyproject.toml constraints/py311.txt
 demo: $(INSTALLED)  ## fit real recordings under two engines and draw the results
 	$(BIN)/pyrodyn demo
 
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4
+
 test: $(INSTALLED)  ## run the tests
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(PYTEST) --dist loadfile -m "not long"
+
+long: $(INSTALLED)  ## run the tests of statistics that take tens of seconds each
+	$(PYTEST) --dist load -m long
 
 check: $(INSTALLED)  ## lint, formatting, types
 	$(BIN)/ruff check .

@@ -128,6 +128,7 @@ def test_collapsed_and_path_sampled_nuts_agree():
     within_error(collapsed, sampled)
 
 
+@pytest.mark.long
 def test_collapsed_and_path_sampled_hmc_agree():
     """On paths of 120 bins in all, and with NUTS as well."""
     size = (4, 30, 3)

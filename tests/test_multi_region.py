@@ -153,6 +153,7 @@ def test_gibbs_wants_a_model_with_conditionals():
 # ------------------------------------------------------------------------------------------ exactness
 
 
+@pytest.mark.long
 def test_gibbs_agrees_with_hmc_where_all_edges_are_there():
     model = models.MultiRegionLDS(
         1, edge_probability=1.0, readout=readouts.Gaussian(), time_bumps=0, trial_level=False, shared_innovations=0
@@ -173,6 +174,7 @@ def test_gibbs_agrees_with_hmc_where_all_edges_are_there():
         assert float(spread.min()) > 0.7 and float(spread.max()) < 1.4, name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("readout", [readouts.Gaussian(), readouts.Poisson()])
 def test_ranks_of_truths_are_uniform(readout):
     """A short simulation-based calibration; the long one is a benchmark."""
@@ -328,6 +330,7 @@ def test_regions_without_edges_are_uncoupled_and_can_be_asked_about(edges, engin
     assert plots.plot_block_dynamics(posterior).axes
 
 
+@pytest.mark.long
 def test_a_graph_is_found_again_with_its_direction():
     system = coupled_regions(regions=3, units=15, trials=8, bins=150, mean_count=0.6, coupling=0.35, seed=4)
     with warnings.catch_warnings():
