@@ -11,7 +11,6 @@ import networkx as nx
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binom
 
 import pyrodyn as dyn
 from pyrodyn import inference, models, plots, readouts
@@ -181,15 +180,10 @@ def test_ranks_of_truths_are_uniform(readout):
     model = models.MultiRegionLDS(1, readout=readout, time_bumps=0, trial_level=False)
     counts = not readout.is_gaussian
     like = recording(np.ones((2, 25, 6)), counts=counts, center=np.zeros(6), scale=np.ones(6)).blank()
-    engine = inference.Gibbs(draws=50, warmup=50, thin=3, chains=2)
-    found = dyn.calibrate(model, like, engine, replicates=120, seed=4)
-    # Four tests of each of 49 quantities share a level of .01: with flags, one family in eight fails by chance.
-    law = binom(120, found["level"].values)
-    inside = np.round(120 * found["coverage"].values)
-    tails = 2.0 * np.minimum(law.cdf(inside), law.sf(inside - 1))
-    p_values = np.stack([found["ks_p"], found["chi_square_p"], *tails.T])
-    worst = p_values.min(0).argmin()
-    assert p_values.min() > 0.01 / p_values.size, (found["quantity"].values[worst], p_values[:, worst])
+    # Chains half as long hold too few of the truths in their intervals.
+    engine = inference.Gibbs(draws=50, warmup=100, thin=6, chains=2)
+    found = dyn.calibrate(model, like, engine, replicates=60, seed=4)
+    assert not bool(found["flagged"].any()), found["quantity"].values[found["flagged"].values]
     names = found["quantity"].values.astype(str)
     edges = found.isel(quantity=[i for i, name in enumerate(names) if name in ("presence[1]", "presence[2]")])
     assert abs(float(edges["mean"].mean() - edges["truth"].mean())) < 0.15
