@@ -42,7 +42,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4
 test: $(INSTALLED)  ## run the tests
 	$(PYTEST) --dist loadfile -m "not long"
 
-long: $(INSTALLED)  ## run the tests of statistics that take tens of seconds each
+long: $(INSTALLED)  ## run the tests that hold samplers against each other for half a minute and more
 	$(PYTEST) --dist load -m long
 
 check: $(INSTALLED)  ## lint, formatting, types

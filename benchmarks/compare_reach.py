@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from _reach import reaches
+from _tables import write
 
 import pyrodyn as dyn
 from pyrodyn import drifts, guides, inference, models
@@ -64,20 +65,16 @@ def main() -> None:
         )
         print(rows[-1], flush=True)
     if options.table:
-        lines = [
-            "# Reach spikes: which dynamics predict hidden neurons?",
-            "",
+        write(
+            options.table,
+            "Reach spikes: which dynamics predict hidden neurons?",
             "Made by `python benchmarks/compare_reach.py --table docs/tables/reach.md`.",
-            "",
             f"Yu et al. (2009): 40 neurons, 50 bins of 20 ms, {train.num_trials} trials to fit; {len(hidden)} neurons "
             f"hidden in {test.num_trials} others. Bits per spike with the standard error over trials, and the paired "
             "difference. One seed, short runs of one core.",
-            "",
-            "| " + " | ".join(HEAD) + " |",
-            "|" + " --- |" * len(HEAD),
-            *rows,
-        ]
-        options.table.write_text("\n".join(lines) + "\n")
+            head=HEAD,
+            rows=rows,
+        )
 
 
 if __name__ == "__main__":

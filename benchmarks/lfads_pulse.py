@@ -16,6 +16,7 @@ import numpy as np
 import pyro
 import torch
 import xarray as xr
+from _tables import write
 from pyro import poutine
 from torch import nn
 
@@ -127,22 +128,18 @@ def main() -> None:
         print(rows[-1], flush=True)
     if options.table:
         given = " ".join(f"{dropout:g}" for dropout in options.dropout)
-        lines = [
-            "# A hidden pulse in a chaotic network, found by LFADS",
-            "",
+        write(
+            options.table,
+            "A hidden pulse in a chaotic network, found by LFADS",
             f"Made by `python benchmarks/lfads_pulse.py --steps {options.steps} --dropout {given} --table "
             "docs/tables/lfads_pulse.md`.",
-            "",
             f"`systems.pulsed_rnn(quiet={QUIET})`: 1,300 trials of 100 bins, 50 units at 15 spikes/s, a pulse at an "
             "unknown bin in four trials of five. Fitted to eight repeats of each start, scored on the other two (260 "
             "trials), one seed. `models.LFADS(20, generator_dim=64, initial_dim=64, input_dim=1, controller_dim=32)`. "
             "A pulse is where the mean of the inferred input is largest; the gap is `evaluation.input_leakage`.",
-            "",
-            "| " + " | ".join(HEAD) + " |",
-            "|" + " --- |" * len(HEAD),
-            *rows,
-        ]
-        options.table.write_text("\n".join(lines) + "\n")
+            head=HEAD,
+            rows=rows,
+        )
 
 
 if __name__ == "__main__":

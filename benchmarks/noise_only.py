@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _tables import write
 
 import pyrodyn as dyn
 from pyrodyn import guides, inference, models
@@ -69,22 +70,18 @@ def main() -> None:
             rows.append(f"| {seed} | {name} | {seconds:.0f} | {100 * mean:.2f}% | {100 * most:.2f}% |")
             print(rows[-1], flush=True)
     if options.table:
-        lines = [
-            "# Rates inferred from noise",
-            "",
+        write(
+            options.table,
+            "Rates inferred from noise",
             f"Made by `python benchmarks/noise_only.py --steps {options.steps} --seeds {options.seeds} --table "
             "docs/tables/noise_only.md`.",
-            "",
             f"Independent Poisson counts of {UNITS} units with constant rates of {MEANS[0]} to {MEANS[1]} a bin: "
             f"{TRIALS} trials of {BINS} bins to fit, {HELD_OUT} others to infer rates in. Variance of a unit's "
             "inferred rate over trials and bins, as a share of the Poisson variance of its counts; the truth is zero, "
             "the bar 2%.",
-            "",
-            "| seed | model | CPU seconds | mean over units | largest |",
-            "| --- | --- | --- | --- | --- |",
-            *rows,
-        ]
-        options.table.write_text("\n".join(lines) + "\n")
+            head=["seed", "model", "CPU seconds", "mean over units", "largest"],
+            rows=rows,
+        )
 
 
 if __name__ == "__main__":

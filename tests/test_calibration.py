@@ -55,7 +55,6 @@ class Forgetful(models.SwitchingLDS):
         return sweep
 
 
-@pytest.mark.long
 def test_the_truth_is_uniform_among_paths_and_modes_of_gibbs():
     # Path and process noise hold each other: it takes tens of sweeps from one draw to the next.
     engine = inference.Gibbs(chains=1, draws=20, warmup=200, thin=40)

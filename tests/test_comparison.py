@@ -60,7 +60,6 @@ def test_quadrature_over_paths_is_the_kalman_filter():
     torch.testing.assert_close(by_chain.of_trials[near], by_grid.of_trials[near], rtol=1e-7, atol=1e-6)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_loo_is_exact_leave_one_trial_out_from_every_engine(kind):
     table = compare(kind, LOO())

@@ -232,7 +232,6 @@ def laplace(model, recording):
 
 
 # Importance weights of 300 draws have a k-hat of about .6; the standard error is .05, and the gap at least 10 nats.
-@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*k-hat exceeds:pyrodyn.comparison.table.ComparisonWarning")
 def test_steps_and_ramps_are_told_apart_and_their_parameters_recovered():
     recording, path = ramps()

@@ -121,7 +121,6 @@ def test_gibbs_and_hmc_agree():
     assert "above 0.05" in one.attrs["estimator"] and "above 0.05" in other.attrs["estimator"]
 
 
-@pytest.mark.long
 def test_ranks_of_truths_are_uniform():
     """A short simulation-based calibration, whose simulations share no code with the sampler."""
     model = models.MultiRegionLDS(1, edge_prior="horseshoe", readout=readouts.Gaussian(), **PLAIN)
@@ -130,7 +129,6 @@ def test_ranks_of_truths_are_uniform():
     assert not bool(found["flagged"].any()), found["quantity"].values[found["flagged"].values]
 
 
-@pytest.mark.long
 def test_a_graph_is_found_and_says_what_it_counts_as_an_edge():
     system = coupled_regions(regions=3, units=12, trials=6, bins=120, mean_count=0.8, coupling=0.35, seed=4)
     model = models.MultiRegionLDS(2, edge_prior="horseshoe", time_bumps=0)

@@ -44,7 +44,6 @@ def test_the_pair_must_be_known():
             dyn.hypotheses(MODEL, blank("A", "B", "C"), **pair)
 
 
-@pytest.mark.long
 def test_the_direction_is_found():
     like = blank("A", "B")
     truth = dyn.hypotheses(MODEL, like)["A -> B"]

@@ -324,7 +324,6 @@ def test_regions_without_edges_are_uncoupled_and_can_be_asked_about(edges, engin
     assert plots.plot_block_dynamics(posterior).axes
 
 
-@pytest.mark.long
 def test_a_graph_is_found_again_with_its_direction():
     system = coupled_regions(regions=3, units=15, trials=8, bins=150, mean_count=0.6, coupling=0.35, seed=4)
     with warnings.catch_warnings():

@@ -86,7 +86,6 @@ def test_one_piece_is_the_model_and_two_pieces_know_nothing_of_another() -> None
     torch.testing.assert_close(apart, parts[0] + parts[1])
 
 
-@pytest.mark.long
 def test_the_start_finds_a_relaxation_oscillator() -> None:
     """In sample, where a path can but follow from its first state; a tenth of what a linear flow leaves over."""
     system = systems.van_der_pol(trials=5, bins=50, units=5, sigma=1e-3, readout="gaussian", noise_variance=0.02)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import xarray as xr
+from _figures import leave_nothing
 
 import pyrodyn as dyn
 from pyrodyn import plots
@@ -206,19 +204,13 @@ def test_summary_overlays_the_engines(signal: xr.DataTree) -> None:
 
 
 def test_nothing_is_left_in_matplotlib(signal: xr.DataTree, spikes: xr.DataTree) -> None:
-    before = dict(matplotlib.rcParams)
-    for figure in (
-        plots.latents(spikes),
-        plots.eigenvalues(signal),
-        plots.trace(signal),
-        plots.rates(signal),
-        plots.summary({"a": spikes}),
-    ):
-        file = io.BytesIO()
-        figure.savefig(file)
-        assert file.getvalue()[:4] == b"\x89PNG"
-    assert plt.get_fignums() == []
-    assert dict(matplotlib.rcParams) == before
+    leave_nothing(
+        lambda: plots.latents(spikes),
+        lambda: plots.eigenvalues(signal),
+        lambda: plots.trace(signal),
+        lambda: plots.rates(signal),
+        lambda: plots.summary({"a": spikes}),
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 import xarray as xr
 import zoo
+from _figures import leave_nothing
 
 import pyrodyn as dyn
 from pyrodyn import plots
@@ -181,19 +179,13 @@ def test_a_forecast_sees_nothing_of_what_it_forecasts(spikes: xr.DataTree) -> No
 
 
 def test_nothing_is_left_in_matplotlib(spikes: xr.DataTree, driven: xr.DataTree, flowing: xr.DataTree) -> None:
-    before = dict(matplotlib.rcParams)
-    for figure in (
-        plots.raster(spikes, draws=4),
-        plots.trajectories(spikes),
-        plots.inferred_inputs(driven),
-        plots.flow_field(flowing),
-        plots.forecast(spikes, recording(), start=7 * BIN, draws=4),
-    ):
-        file = io.BytesIO()
-        figure.savefig(file)
-        assert file.getvalue()[:4] == b"\x89PNG"
-    assert plt.get_fignums() == []
-    assert dict(matplotlib.rcParams) == before
+    leave_nothing(
+        lambda: plots.raster(spikes, draws=4),
+        lambda: plots.trajectories(spikes),
+        lambda: plots.inferred_inputs(driven),
+        lambda: plots.flow_field(flowing),
+        lambda: plots.forecast(spikes, recording(), start=7 * BIN, draws=4),
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import io
-
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import xarray as xr
 from _coupling import DIMS, mapped, random_posterior, with_presence
+from _figures import leave_nothing
 from matplotlib.colors import to_rgb
 from matplotlib.patches import FancyArrowPatch
 
@@ -116,18 +113,12 @@ def test_responses_and_their_bands(graph: xr.Dataset) -> None:
 
 
 def test_nothing_is_left_in_matplotlib(posterior: xr.DataTree, graph: xr.Dataset) -> None:
-    before = dict(matplotlib.rcParams)
-    for figure in (
-        plots.plot_coupling_graph(graph),
-        plots.plot_block_dynamics(posterior),
-        plots.plot_strengths(graph),
-        plots.plot_impulse_responses(graph),
-    ):
-        file = io.BytesIO()
-        figure.savefig(file)
-        assert file.getvalue()[:4] == b"\x89PNG"
-    assert plt.get_fignums() == []
-    assert dict(matplotlib.rcParams) == before
+    leave_nothing(
+        lambda: plots.plot_coupling_graph(graph),
+        lambda: plots.plot_block_dynamics(posterior),
+        lambda: plots.plot_strengths(graph),
+        lambda: plots.plot_impulse_responses(graph),
+    )
 
 
 @pytest.mark.parametrize(

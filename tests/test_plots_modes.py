@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import xarray as xr
+from _figures import leave_nothing
 from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.patches import FancyArrowPatch
 
@@ -302,13 +300,12 @@ def test_arrows_of_the_graph_are_shares_of_the_ways_out(levels: xr.DataTree) -> 
 
 
 def test_nothing_is_left_in_matplotlib(observed: xr.DataTree) -> None:
-    before = dict(matplotlib.rcParams)
-    for draw in (plots.mode_raster, plots.mode_flows, plots.dwell_times, plots.transition_graph):
-        file = io.BytesIO()
-        draw(observed).savefig(file)
-        assert file.getvalue()[:4] == b"\x89PNG"
-    assert plt.get_fignums() == []
-    assert dict(matplotlib.rcParams) == before
+    leave_nothing(
+        lambda: plots.mode_raster(observed),
+        lambda: plots.mode_flows(observed),
+        lambda: plots.dwell_times(observed),
+        lambda: plots.transition_graph(observed),
+    )
 
 
 def cut(posterior: xr.DataTree, group: str, change) -> xr.DataTree:

@@ -175,7 +175,6 @@ def test_the_graph_of_sessions_stands_side_by_side(fitted):
     assert graph["edge_rate"].dims == ("chain", "draw", "target", "source")
 
 
-@pytest.mark.long
 def test_an_edge_seen_in_other_sessions_is_believed_sooner():
     """Where a session says little by itself, the others' edges raise or lower the probability of its own."""
     system = coupled_regions(regions=3, units=10, trials=9, bins=50, mean_count=0.4, seed=3)

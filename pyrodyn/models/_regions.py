@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import lru_cache
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -205,10 +206,11 @@ def _check_activity(recording: Recording, name: str, units: Tensor) -> None:
         raise ModelError(f"region {name!r} is silent: none of its {len(units)} units ever changes; {remedy}")
 
 
+@lru_cache(maxsize=64)
 def entry_prior(
-    layout: NetworkLayout, edges: Sequence[Edge], persistence: float, coupling_scale: float
+    layout: NetworkLayout, edges: tuple[Edge, ...], persistence: float, coupling_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Mean and sd of every entry of the dynamics, (entry,); ``edges`` are the layout's."""
+    """Mean and sd of every entry of the dynamics, (entry,), made once; ``edges`` are the layout's."""
     mean = torch.zeros(len(layout.edge), dtype=torch.float64)
     sd = torch.full_like(mean, COMMON_SD)
     sources = torch.zeros(layout.num_regions, dtype=torch.float64)
