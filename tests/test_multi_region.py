@@ -16,12 +16,15 @@ import pyrodyn as dyn
 from pyrodyn import inference, models, plots, readouts
 from pyrodyn.conditionals.paths import factors, levelled
 from pyrodyn.errors import ModelError
+from pyrodyn.inference._starts import starts
 from pyrodyn.inference.density import LogDensity
 from pyrodyn.inference.engine import double_precision, random_stream
-from pyrodyn.inference.gibbs import climb
+from pyrodyn.inference.gibbs import FEWEST, Run
 from pyrodyn.inference.mode import Rescaled, ascend
+from pyrodyn.models._regions import COURSE_SD
 from pyrodyn.models._regions_network import _evidence, _potential
-from pyrodyn.models._regions_rows import _persistence
+from pyrodyn.models._regions_rows import _persistence, draw_courses
+from pyrodyn.models._regions_scales import apart_from_courses
 from pyrodyn.program import globals_given
 from pyrodyn.systems import coupled_regions
 
@@ -177,7 +180,7 @@ def test_gibbs_agrees_with_hmc_where_all_edges_are_there():
 @pytest.mark.parametrize("readout", [readouts.Gaussian(), readouts.Poisson()])
 def test_ranks_of_truths_are_uniform(readout):
     """A short simulation-based calibration; the long one is a benchmark."""
-    model = models.MultiRegionLDS(1, readout=readout, time_bumps=0, trial_level=False)
+    model = models.MultiRegionLDS(1, readout=readout, time_bumps=3, trial_level=False)
     counts = not readout.is_gaussian
     like = recording(np.ones((2, 25, 6)), counts=counts, center=np.zeros(6), scale=np.ones(6)).blank()
     # Chains half as long hold too few of the truths in their intervals.
@@ -228,17 +231,71 @@ def test_pseudo_observations_of_gaussian_data_are_the_data():
     torch.testing.assert_close(gain, expected)
 
 
-def test_chains_start_without_edges_that_may_be_absent():
+def test_one_start_is_without_edges_that_may_be_absent():
     seen = recording()
     model = models.MultiRegionLDS(1, edges=[("A", "B", 1.0), ("B", "A", 0.5)], time_bumps=0)
     layout = model.layout(seen)
     with random_stream(0), double_precision():
-        start = climb(model, seen)
+        start, full = starts(model, seen, True)
     presence = layout.presence(layout.matrix(start["network"]))
     assert presence.tolist() == [[True, False], [True, True]]
-    assert start.keys() == model.initial_values(seen).keys()
+    assert layout.presence(layout.matrix(full["network"])).all()
+    assert start.keys() == full.keys() == model.initial_values(seen).keys()
+    assert len(starts(model, seen, False)) == 1
     assert models.MultiRegionLDS(1, edge_probability=1.0).simpler(seen) is None
     assert models.MultiRegionLDS(1, edge_prior="horseshoe").simpler(seen) is None
+
+
+@pytest.mark.parametrize(("gain", "taken"), [(5.0, 0), (15.0, 1)])
+def test_a_start_with_all_edges_has_to_be_better_by_a_margin(gain, taken, monkeypatch):
+    masses = iter((-100.0, -100.0 + gain))
+    monkeypatch.setattr(Run, "scout", lambda run, density: next(masses))
+    seen, model = recording(), models.MultiRegionLDS(1)
+    engine = inference.Gibbs(draws=1, warmup=FEWEST, chains=2)
+    with random_stream(0), double_precision(), torch.no_grad():
+        _, values = engine._scouted(model, seen, model.conditionals(seen))
+    layout = model.layout(seen)
+    assert bool(layout.presence(layout.matrix(values["network"])).all()) == bool(taken)
+
+
+def test_the_entropy_of_a_state_is_that_of_the_dynamics_that_are_there():
+    seen, model = recording(), models.MultiRegionLDS(2, time_bumps=0)
+    with random_stream(0), double_precision(), torch.no_grad():
+        sweep = model.conditionals(seen)
+        state = sweep.sweep(sweep.start(model.initial_values(seen), 6), 0.0)
+        found = sweep.entropy(state)
+    vector = sweep.layout.vector(state["dynamics"])
+    assert len({int((chain != 0.0).sum()) for chain in vector}) > 1  # chains with other edges
+    for chain, information, value in zip(vector, state["information"], found, strict=True):
+        there = (chain != 0.0).nonzero().squeeze(-1)
+        precision = (information + sweep.law.weight.flatten().diag())[there[:, None], there]
+        law = torch.distributions.MultivariateNormal(torch.zeros(len(there)).double(), precision_matrix=precision)
+        torch.testing.assert_close(value, law.entropy())
+
+
+def test_courses_and_their_weights_are_drawn_from_their_conditionals():
+    """Drawn anew given time-locked inputs that come from the prior, their joint law stays the prior."""
+    seen, model = recording(), models.MultiRegionLDS(1, time_bumps=3, shared_courses=2)
+    chains = 40_000
+    with random_stream(3), double_precision(), torch.no_grad():
+        sweep = model.conditionals(seen)
+        variance = 0.05 + torch.rand(chains, 2)
+        state = {
+            "course": torch.randn(chains, 2, 3),
+            "course_weight": COURSE_SD * torch.randn(chains, 2, 2),
+            "bump_variance": variance,
+        }
+        own = variance.sqrt().unsqueeze(-1) * torch.randn(chains, 2, 3)
+        state["time_locked"] = own + state["course_weight"] @ state["course"]
+        draw_courses(sweep, state)
+        heights = apart_from_courses(state) / variance.sqrt().unsqueeze(-1)
+    parts = {"course": state["course"], "weight": state["course_weight"] / COURSE_SD, "height": heights}
+    for name, part in parts.items():
+        flat = part.flatten(1)
+        apart = (flat.mT @ flat / chains - torch.eye(flat.shape[1])).abs().max()
+        assert float(apart) < 5.0 * math.sqrt(2.0 / chains), name
+    across = parts["course"].flatten(1).mT @ parts["height"].flatten(1) / chains
+    assert float(across.abs().max()) < 5.0 / math.sqrt(chains)
 
 
 def test_a_climb_in_coordinates_of_unit_curvature_gets_further():

@@ -173,7 +173,7 @@ MODELS += (
     Row(
         "MultiRegionLDS-Gaussian-missing",
         models.MultiRegionLDS(1, time_bumps=3, readout=readouts.Gaussian()),
-        lambda: blank(counts=False, missing=0.2),
+        lambda: blank(bins=15, counts=False, missing=0.2),
         REGIONS,
     ),
     Row(

@@ -52,7 +52,7 @@ class SourceSets:
             Z'Z.
         cross : Tensor, (chain, regressor, latent)
             Z'X.
-        mean : Tensor, (regressor, latent)
+        mean : Tensor, (regressor, latent) or (chain, regressor, latent)
             Of the prior; zero for what belongs to a source.
         precision : Tensor, (chain, regressor)
             Of the prior, the same for all latents of the target.

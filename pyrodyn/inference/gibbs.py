@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,18 +10,18 @@ import torch
 from torch import Tensor
 
 from pyrodyn.checkpoint import StateStore
-from pyrodyn.conditionals.paths import levelled
 from pyrodyn.errors import ModelError, NonFiniteError
-from pyrodyn.inference.collapse import Collapsed, collapse, collapses
+from pyrodyn.inference._starts import starts
+from pyrodyn.inference.collapse import Collapsed, collapse
 from pyrodyn.inference.density import LogDensity
-from pyrodyn.inference.engine import NEAR, Draws, double_precision, random_stream
-from pyrodyn.inference.mode import Rescaled, ascend
-from pyrodyn.program import IntegratedModel, Program, globals_given
+from pyrodyn.inference.engine import Draws, double_precision, random_stream
+from pyrodyn.program import Program
 from pyrodyn.progress import progress
 from pyrodyn.recording import Recording
 
-ROUNDS, CLIMB = 5, 200  # renewals of the pseudo-observations, and steps of L-BFGS in all, on the way to the start
 PATHS = 100  # drawn paths that are kept
+SCOUTED, FEWEST = 16, 20  # sweeps before one of two starts is chosen, and of warm-ups that are worth a choice
+MARGIN = 10.0  # nats by which a start has to be better than that of the simpler model
 STATE = "state/"
 
 
@@ -37,21 +36,16 @@ class Sweep(Protocol):
 
     def local(self, state: dict[str, Tensor]) -> dict[str, Tensor]: ...
 
+    def entropy(self, state: dict[str, Tensor]) -> Tensor:
+        """Of the unknowns whose number differs between states, (chain); asked of models that are `Nesting`."""
+        ...
+
 
 @runtime_checkable
 class Conditional(Protocol):
     """A model with conditionals to draw from."""
 
     def conditionals(self, recording: Recording, observations: Tensor | None = None) -> Sweep: ...
-
-
-@runtime_checkable
-class Nesting(Protocol):
-    """A model around a simpler one, from whose mode chains start."""
-
-    def simpler(self, recording: Recording) -> tuple[Any, Callable[[dict[str, Tensor]], dict[str, Tensor]]] | None:
-        """The simpler model, and what makes of its values those of this model; None where there is none."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -99,8 +93,7 @@ class Gibbs:
         with random_stream(seed), double_precision(), torch.no_grad():
             sweep = model.conditionals(recording)
             held = checkpoint.read() if checkpoint else None
-            start = {} if held else sweep.start(_start(model, recording), self.chains)
-            run = Run(self, sweep, start).go(checkpoint)
+            run = (Run(self, sweep, {}) if held else self._begun(model, recording, sweep)).go(checkpoint)
         samples = {name: torch.stack(parts, 1) for name, parts in run.kept.items()}
         local = {name: torch.stack(parts, 1) for name, parts in run.local.items()}
         kept = None
@@ -112,6 +105,27 @@ class Gibbs:
             "sweeps_per_chain": self.warmup + self.thin * self.draws,
         }
         return Draws(samples, "sampled", local=local, kept=kept, notes=notes | run.rates())
+
+    def _begun(self, model: Any, recording: Any, sweep: Sweep) -> Run:
+        """Chains from the better of a model's starts; of sessions, each session's own."""
+        if isinstance(recording, Recording):
+            return self._scouted(model, recording, sweep)[0]
+        values = {}
+        for name, own in recording.items():
+            alone = model.of(own)
+            values[name] = self._scouted(alone, own, alone.conditionals(own))[1]
+        return Run(self, sweep, sweep.start(values, self.chains))
+
+    def _scouted(self, model: Any, recording: Recording, sweep: Sweep) -> tuple[Run, dict[str, Tensor]]:
+        """Chains from the better of a model's starts, and that start."""
+        found = starts(model, recording, self.warmup >= FEWEST)
+        runs = [Run(self, sweep, sweep.start(values, self.chains)) for values in found]
+        if len(runs) == 1:
+            return runs[0], found[0]
+        density = LogDensity(collapse(model), recording)
+        simple, full = (run.scout(density) for run in runs)
+        better = int(full > simple + MARGIN)
+        return runs[better], found[better]
 
     def replicate(self, density: LogDensity, start: Tensor) -> Tensor:
         """Draws (replicate, chain x draw, dimension) from many posteriors at once, started at ``start``.
@@ -136,45 +150,6 @@ class Gibbs:
             return density.unconstrain(drawn | {name: flat(run.local[name]) for name in local})
 
 
-def _start(model: Any, recording: Any) -> Any:
-    """Values to start from; of every session, where ``recording`` is a mapping of session to Recording."""
-    if isinstance(recording, Recording):
-        return climb(model, recording)
-    return {name: climb(model.of(own), own) for name, own in recording.items()}
-
-
-def climb(model: Any, recording: Recording) -> dict[str, Tensor]:
-    """Values of the globals near the posterior mode, counts taken as Gaussian about a path that follows.
-
-    Of a model that nests a simpler one the mode is that one's. A model whose path cannot be integrated out brings a
-    start that is good enough as it is.
-    """
-    around: Any = model
-    simpler = around.simpler(recording) if isinstance(around, Nesting) else None
-    if simpler is not None:
-        inner, widened = simpler
-        return widened(climb(inner, recording))
-    values = model.initial_values(recording)
-    if not collapses(model, recording):
-        return values
-    if isinstance(model, IntegratedModel) or model.readout.is_gaussian:
-        density = LogDensity(collapse(model), recording)
-        return density.constrain(ascend(density, density.unconstrain(values), CLIMB, "Gibbs: start", NEAR)[0])
-    centre = None
-    for turn in range(ROUNDS):
-        parameters = globals_given(model, values, recording)
-        program, centre = levelled(model, parameters, recording, centre, 2 if turn else 4)
-        density = LogDensity(program, recording)
-        vector = density.unconstrain(values)
-        # The curvature is read where the first steps lead: that of the first guess may point to another mode.
-        if turn:
-            vector = Rescaled(density, vector).ascend(vector, CLIMB // ROUNDS, "Gibbs: start", NEAR)
-        else:
-            vector = ascend(density, vector, CLIMB // ROUNDS, "Gibbs: start", NEAR)[0]
-        values = density.constrain(vector)
-    return values
-
-
 def declared(program: Program) -> Any:
     """The model of a program, which must declare its conditionals."""
     model = program.model if isinstance(program, Collapsed) else program
@@ -197,6 +172,22 @@ class Run:
         self.local: dict[str, list[Tensor]] = {}
         self.sums: dict[str, Tensor] = {}
 
+    def scout(self, density: LogDensity) -> float:
+        """The first part of the warm-up, and the mean over its second half of the log posterior mass about the chains.
+
+        That is the log density with paths integrated out, and the entropy of unknowns that other states do not have:
+        without it more unknowns would always seem better.
+        """
+        total, found = min(SCOUTED, 2 * self.options.warmup // 5), []
+        with progress(total, "Gibbs: scouts") as bar:
+            while self.count < total:
+                self._step()
+                if 2 * self.count > total and self.count % 2 == 0:
+                    sites = {name: value.unsqueeze(1) for name, value in self.sweep.sites(self.state).items()}
+                    found.append(density(density.unconstrain(sites)) + self.sweep.entropy(self.state))
+                bar.update()
+        return float(torch.stack(found).mean())
+
     def go(self, store: StateStore | None) -> Run:
         """Run to the end, from where a checkpoint left off."""
         warmup, thin = self.options.warmup, self.options.thin
@@ -206,15 +197,19 @@ class Run:
             self._restore(held)
         with progress(total, "Gibbs", self.count) as bar:
             while self.count < total:
-                self.state = self.sweep.sweep(self.state, self.count / warmup if self.count < warmup else 1.0)
-                self.count += 1
-                self._check()
+                self._step()
                 if self.count > warmup and (self.count - warmup) % thin == 0:
                     self._keep()
                 bar.update()
                 if store and (store.due() or self.count == total):
                     store.write(self._state())
         return self
+
+    def _step(self) -> None:
+        warmup = self.options.warmup
+        self.state = self.sweep.sweep(self.state, self.count / warmup if self.count < warmup else 1.0)
+        self.count += 1
+        self._check()
 
     def rates(self) -> dict[str, float]:
         """Mean acceptance of the moves that may be refused, over all draws."""

@@ -29,6 +29,8 @@ SPIKE, HORSESHOE = "spike-and-slab", "horseshoe"
 SIGNAL = (1.0, 0.02)  # shape and rate of the prior of a region's squared loading, per unit of innovation
 INITIAL = (1.5, 7.5)  # of the variance of the first state
 BUMPS = (1.0, 0.02)  # of the squared height of the time-locked input
+BINS_A_BUMP, MOST_BUMPS = 5, 40  # hat functions where their number is not given
+COURSE_SD = 0.5  # of what enters from a course of the trial's time that regions share, beside innovations of one
 INNOVATION_SD = 0.5  # of the loadings of shared innovations, beside private ones of one
 OWN_SD = 0.4  # of a region's own block: singular values about this wide about the persistence
 COMMON_SD = 0.25  # of what enters from global latents and the level, beside innovations of one
@@ -234,13 +236,13 @@ def entry_prior(
 _DESIGNS: WeakKeyDictionary[Recording, dict[tuple, Tensor]] = WeakKeyDictionary()
 
 
-def design(model: MultiRegionLDS, recording: Recording) -> Tensor:
+def design(model: MultiRegionLDS, recording: Recording, bumps: int) -> Tensor:
     """Hat functions of the time of a trial, one set for each condition, (trial, time, condition x bump)."""
     known = _DESIGNS.setdefault(recording, {})
-    key = (model.time_bumps, model.conditions)
+    key = (bumps, model.conditions)
     if key not in known:
-        place = torch.linspace(0.0, model.time_bumps - 1.0, recording.num_bins, dtype=torch.float64)
-        hats = (1.0 - (place.unsqueeze(-1) - torch.arange(model.time_bumps)).abs()).clamp(min=0.0)
+        place = torch.linspace(0.0, bumps - 1.0, recording.num_bins, dtype=torch.float64)
+        hats = (1.0 - (place.unsqueeze(-1) - torch.arange(bumps)).abs()).clamp(min=0.0)
         names = recording.condition.astype(str).tolist()
         which = [model.conditions.index(n) for n in names] if model.conditions else [0] * recording.num_trials
         of_trial = torch.nn.functional.one_hot(torch.tensor(which), max(1, len(model.conditions))).double()
@@ -318,4 +320,7 @@ def initial_values(model: MultiRegionLDS, recording: Recording) -> dict[str, Ten
     if model.shared_innovations:
         shape = (layout.regional, model.shared_innovations)
         values["innovations"] = 0.05 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    if bumps and model.shared_courses:
+        shapes = {"course": (model.shared_courses, *bumps), "course_weight": (layout.regional, model.shared_courses)}
+        values |= {n: 0.1 * torch.randn(shape, generator=generator, dtype=torch.float64) for n, shape in shapes.items()}
     return {name: value.to(recording.scale.device) for name, value in values.items()}

@@ -9,10 +9,13 @@ from torch import Tensor
 
 from pyrodyn.conditionals.regression import SourceSets
 from pyrodyn.distributions.network import log_stability
-from pyrodyn.models._regions import INNOVATION_SD
+from pyrodyn.models._regions import COURSE_SD, INNOVATION_SD
 
 if TYPE_CHECKING:
     from pyrodyn.models._regions_sweep import RegionSweep, State
+
+
+COURSE_STEPS = 3  # of a course and its weights in a sweep: no path is asked
 
 
 def place_regressors(sweep: RegionSweep) -> None:
@@ -24,8 +27,8 @@ def place_regressors(sweep: RegionSweep) -> None:
     sweep.locked = slice(sweep.shared.stop, sweep.shared.stop + bumps)
     sweep.driven = slice(sweep.locked.stop, sweep.locked.stop + sweep.recording.num_inputs)
     fixed = []
-    if bumps:
-        fixed.append(model.design(sweep.recording)[:, 1:])
+    if sweep.bumps:
+        fixed.append(model.design(sweep.recording, sweep.bumps[1])[:, 1:])
     if sweep.recording.num_inputs and sweep.recording.inputs is not None:
         fixed.append(sweep.recording.inputs[:, 1:])
     sweep.fixed = torch.cat(fixed, -1).flatten(0, 1) if fixed else None
@@ -84,6 +87,9 @@ def draw_rows(sweep: RegionSweep, state: State) -> None:
         precision[:, : layout.size] = weight[:, place.start]  # the same in every row of a block
         if sweep.bumps:
             precision[:, sweep.locked] = state["bump_variance"][:, r, None].reciprocal()
+        if "course" in state:
+            mean = mean.repeat(chains, 1, 1)
+            mean[:, sweep.locked] = (state["course_weight"][:, place] @ state["course"]).mT
         present = presence[:, r][:, [layout.edges[i][1] for i in which]]
         new[..., place], _ = sets.draw(gram, cross[..., place], mean, precision, prior.probability[..., which], present)
     dynamics = state["dynamics"].clone()
@@ -125,6 +131,29 @@ def _spread(sweep: RegionSweep, state: State, coefficients: Tensor) -> None:
         state["time_locked"] = coefficients[:, sweep.locked].mT
     if "input_gain" in state:
         state["input_gain"] = coefficients[:, sweep.driven].mT
+
+
+def draw_courses(sweep: RegionSweep, state: State) -> None:
+    """What the time-locked inputs have in common, and how it enters every latent, given these inputs."""
+    if "course" not in state:
+        return
+    locked = state["time_locked"]  # (chain, regional, condition x bump)
+    weight = state["bump_variance"][:, sweep.layout.group[: sweep.layout.regional]].reciprocal()
+    for _ in range(COURSE_STEPS):
+        course = state["course"]
+        precision = weight[..., None, None] * (course @ course.mT).unsqueeze(1)
+        linear = weight.unsqueeze(-1) * (locked @ course.mT)
+        state["course_weight"] = normal_draw(precision, linear.unsqueeze(-1), COURSE_SD**-2).squeeze(-1)
+        enters = state["course_weight"].mT
+        heard = enters * weight.unsqueeze(1)
+        state["course"] = normal_draw(heard @ enters.mT, heard @ locked, 1.0)
+
+
+def normal_draw(precision: Tensor, linear: Tensor, prior: float) -> Tensor:
+    """Columns (*batch, entry, column) of a normal law with this potential, times a prior of mean zero."""
+    root = torch.linalg.cholesky(precision + prior * torch.eye(precision.shape[-1], dtype=precision.dtype))
+    white = torch.linalg.solve_triangular(root, linear, upper=False)
+    return torch.linalg.solve_triangular(root.mT, white + torch.randn_like(white), upper=True)
 
 
 def _persistence(sweep: RegionSweep, path: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyrodyn.distributions.horseshoe import HorseshoeNetwork, log_half_cauchy
-from pyrodyn.models._regions import BUMPS, INITIAL, INNOVATION_SD, SIGNAL
+from pyrodyn.models._regions import BUMPS, COURSE_SD, INITIAL, INNOVATION_SD, SIGNAL
 
 if TYPE_CHECKING:
     from pyrodyn.models._regions_sweep import RegionSweep, State
@@ -58,9 +58,12 @@ def _stretch(sweep: RegionSweep, state: State, place: slice, index: int) -> None
             shared = state["innovation_loading"][:, place]
             up, grown = up + shared.square().sum((1, 2)) / INNOVATION_SD**2, grown + shared[0].numel()
         if sweep.bumps:
-            locked = state["time_locked"][:, place]
+            locked = apart_from_courses(state)[:, place]
             up = up + locked.square().sum((1, 2)) / state["bump_variance"][:, index]
             grown = grown + locked[0].numel()
+        if "course" in state:
+            courses = state["course_weight"][:, place]
+            up, grown = up + courses.square().sum((1, 2)) / COURSE_SD**2, grown + courses[0].numel()
         if "input_gain" in state:
             gain = state["input_gain"][:, place] * sweep.recording.input_scale
             up, grown = up + gain.square().sum((1, 2)), grown + gain[0].numel()
@@ -90,7 +93,7 @@ def _stretch(sweep: RegionSweep, state: State, place: slice, index: int) -> None
     state["dynamics"][..., place] /= factor
     state["loading"] = state["loading"].clone()
     state["loading"][..., place] /= factor
-    for name in ("innovation_loading", "time_locked", "input_gain"):
+    for name in ("innovation_loading", "time_locked", "course_weight", "input_gain"):
         if name in state and of_region:
             state[name] = state[name].clone()
             state[name][:, place] *= factor
@@ -99,12 +102,18 @@ def _stretch(sweep: RegionSweep, state: State, place: slice, index: int) -> None
         state["residual"][..., place] *= factor
 
 
+def apart_from_courses(state: State) -> Tensor:
+    """What is each latent's own of the time-locked inputs, (chain, regional latent, condition x bump)."""
+    locked = state["time_locked"]
+    return locked - state["course_weight"] @ state["course"] if "course" in state else locked
+
+
 def draw_variances(sweep: RegionSweep, state: State) -> None:
     layout, first = sweep.layout, state["path"][:, :, 0]
     for name, prior, blocks in (
         ("initial_variance", INITIAL, [first[..., p] for p in layout.places]),
         ("signal_variance", SIGNAL, _weights(sweep, state)),
-        ("bump_variance", BUMPS, [state["time_locked"][:, p] for p in layout.places] if sweep.bumps else []),
+        ("bump_variance", BUMPS, [apart_from_courses(state)[:, p] for p in layout.places] if sweep.bumps else []),
     ):
         if name == "initial_variance":
             blocks = [*blocks, first[..., layout.regional : layout.regional + layout.num_globals]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,8 @@ from pyrodyn.distributions.loading import gauge_fix
 from pyrodyn.distributions.network import LEVEL_PERSISTENCE
 from pyrodyn.models._regions import MultiRegionParameters
 from pyrodyn.models._regions_network import common_signs, learn, move_network, scatter
-from pyrodyn.models._regions_rows import draw_rows, place_regressors
-from pyrodyn.models._regions_scales import draw_edge_scales, draw_variances, rescale
+from pyrodyn.models._regions_rows import draw_courses, draw_rows, place_regressors
+from pyrodyn.models._regions_scales import apart_from_courses, draw_edge_scales, draw_variances, rescale
 from pyrodyn.program import global_laws, globals_given
 from pyrodyn.readouts import AffineReadout
 from pyrodyn.recording import Recording
@@ -98,11 +99,11 @@ class RegionSweep:
             for name, value in parameters._asdict().items()
             if value is not None and name != "initial_variance"
         }
-        held |= {
-            n: grouped[n].clone() for n in ("signal_variance", "initial_variance", "bump_variance") if n in grouped
-        }
+        held |= {n: grouped[n].clone() for n in (*_VARIANCES, "course", "course_weight") if n in grouped}
         if self.bumps:
             held["time_locked"] = held["time_locked"].flatten(-2)
+        if "course" in held:
+            held["course"] = held["course"].flatten(-2)
         if isinstance(self.law, HorseshoeNetwork):
             held["edge_scales"] = self.law.split(grouped["network"])[1].clone()
         groups = len(held["dynamics"])
@@ -138,11 +139,22 @@ class RegionSweep:
             found["drive"] = back[:, :regional, :regional] @ state["input_gain"] * self.recording.input_scale
         if self.bumps:
             size = state["bump_variance"][:, layout.group[:regional]].sqrt()
-            heights = back[:, :regional, :regional] @ state["time_locked"] / size.unsqueeze(-1)
+            heights = back[:, :regional, :regional] @ apart_from_courses(state) / size.unsqueeze(-1)
             found |= {"bump_variance": state["bump_variance"], "bumps": heights.unflatten(-1, self.bumps)}
+        if self.bumps and "course" in state:
+            found["course"] = state["course"].unflatten(-1, self.bumps)
+            found["course_weight"] = back[:, :regional, :regional] @ state["course_weight"]
         if self.model.shared_innovations:
             found["innovations"] = (back @ state["innovation_loading"])[:, :regional]
         return found
+
+    def entropy(self, state: State) -> Tensor:
+        """Of the dynamics whose edges are there, (chain), as far as the information that chains propose with tells."""
+        vector = self.layout.vector(state["dynamics"])
+        there = (vector != 0.0).to(vector.dtype)
+        precision = state["information"] + torch.diag_embed(self.prior(state).weight.expand_as(vector))
+        precision = there.unsqueeze(-1) * precision * there.unsqueeze(-2) + torch.diag_embed(1.0 - there)
+        return 0.5 * (math.log(2.0 * math.pi * math.e) * there.sum(-1) - torch.logdet(precision))
 
     def local(self, state: State) -> dict[str, Tensor]:
         """The paths (chain, trial, time, latent), in the model's gauge."""
@@ -173,6 +185,7 @@ class RegionSweep:
         self._path(state)
         self._adapt(state, share)
         draw_rows(self, state)
+        draw_courses(self, state)
         rescale(self, state)
         draw_variances(self, state)
         draw_edge_scales(self, state)
@@ -293,6 +306,6 @@ class RegionSweep:
         if "innovation_loading" in state:
             state["innovation_loading"] = turn.mT @ state["innovation_loading"]
         state["path"] = state["path"] @ turn.unsqueeze(1)
-        for name in ("time_locked", "input_gain"):
+        for name in ("time_locked", "course_weight", "input_gain"):
             if name in state:
                 state[name] = regional.mT @ state[name]

@@ -25,7 +25,19 @@ from pyrodyn.distributions.network import LEVEL_PERSISTENCE
 from pyrodyn.errors import ModelError
 from pyrodyn.models import _regions
 from pyrodyn.models import _regions_posterior as labels
-from pyrodyn.models._regions import BUMPS, HORSESHOE, INITIAL, INNOVATION_SD, SIGNAL, SPIKE, Edge, MultiRegionParameters
+from pyrodyn.models._regions import (
+    BINS_A_BUMP,
+    BUMPS,
+    COURSE_SD,
+    HORSESHOE,
+    INITIAL,
+    INNOVATION_SD,
+    MOST_BUMPS,
+    SIGNAL,
+    SPIKE,
+    Edge,
+    MultiRegionParameters,
+)
 from pyrodyn.models._regions_sweep import RegionSweep
 from pyrodyn.program import Labelled, StateSpaceModel
 from pyrodyn.readouts import AffineReadout, PerRegion, Poisson, Readout, as_readout
@@ -48,7 +60,8 @@ class MultiRegionLDS(StateSpaceModel):
 
     with iid standard normal :math:`\epsilon` and :math:`\xi`. Edges :math:`z_{rs} \in \{0, 1\}` may run both ways. What
     would imitate coupling has a place of its own: innovations :math:`\xi` shared by regions, an input :math:`\varphi`
-    locked to the time of the trial (hat functions, for every condition), and a level :math:`\ell` of the trial.
+    locked to the time of the trial (hat functions, for every condition), and a level :math:`\ell` of the trial. The
+    heights of the hats are :math:`U = W \Psi + V`, with courses :math:`\Psi` that all latents share.
 
     **Gauge.** Private innovations have unit covariance; the rotation left in each region is fixed by a loading that is
     lower triangular in pivot units (see `GaugedLoading`). The priors of blocks are invariant under these rotations.
@@ -77,8 +90,13 @@ class MultiRegionLDS(StateSpaceModel):
         Rank of the innovations shared by regions.
     trial_level : bool
         Whether each trial has a level of its own that enters all regions.
-    time_bumps : int
-        Hat functions of the time-locked input; 0 for none. Ignored where each condition has a single trial.
+    time_bumps : int, optional
+        Hat functions of the time-locked input; 0 for none. By default one for every five bins, and no more than 40:
+        what is locked to time and finer than they are passes for coupling. Ignored where each condition has a single
+        trial.
+    shared_courses : int
+        Rank of what the time-locked inputs of all latents have in common. A drive that all regions share costs its
+        course once; were it paid for in every latent, edges from one region that has it to the others would be cheaper.
     conditions : sequence of str
         Conditions with a time-locked input of their own. By default all trials share one.
     readout : Readout, or mapping of region to Readout
@@ -102,7 +120,8 @@ class MultiRegionLDS(StateSpaceModel):
     global_dim: int = 1
     shared_innovations: int = 1
     trial_level: bool = True
-    time_bumps: int = 12
+    time_bumps: int | None = None
+    shared_courses: int = 1
     conditions: tuple[str, ...] = ()
     readout: Readout | PerRegion = field(default_factory=Poisson)
     coupling_scale: float = 0.35
@@ -115,8 +134,10 @@ class MultiRegionLDS(StateSpaceModel):
         keep("latent_dim", _regions.checked_dims(self.latent_dim))
         keep("edges", _regions.checked_edges(self.edges, self.edge_probability))
         keep("conditions", tuple(str(name) for name in self.conditions))
-        for name in ("global_dim", "shared_innovations", "time_bumps"):
+        for name in ("global_dim", "shared_innovations", "time_bumps", "shared_courses"):
             value = getattr(self, name)
+            if name == "time_bumps" and value is None:
+                continue
             if not isinstance(value, int) or value < 0:
                 raise ModelError(f"{name} must be a whole number of 0 or more, got {value!r}")
         if self.time_bumps == 1:
@@ -160,6 +181,12 @@ class MultiRegionLDS(StateSpaceModel):
             variance = pyro.sample("bump_variance", dist.InverseGamma(*_rates(BUMPS, zero, regions)).to_event(1))
             heights = pyro.sample("bumps", dist.Normal(zero.expand(regional, *bumps), 1.0).to_event(3))
             time_locked = variance[..., layout.group[:regional], None, None].sqrt() * heights
+            if self.shared_courses:
+                shape = (self.shared_courses, *bumps)
+                course = pyro.sample("course", dist.Normal(zero.expand(shape), 1.0).to_event(3))
+                prior = dist.Normal(zero.expand(regional, self.shared_courses), COURSE_SD)
+                weight = pyro.sample("course_weight", prior.to_event(2))
+                time_locked = time_locked + torch.einsum("...ik,...kcb->...icb", weight, course)
         shared = None
         if self.shared_innovations:
             prior = dist.Normal(zero.expand(regional, self.shared_innovations), INNOVATION_SD)
@@ -210,14 +237,16 @@ class MultiRegionLDS(StateSpaceModel):
 
     def num_bumps(self, recording: Recording) -> tuple[int, int] | None:
         """Conditions and hat functions of the time-locked input; None where there is none."""
-        conditions = max(1, len(self.conditions))
-        if not self.time_bumps or recording.num_trials <= conditions or recording.num_bins < self.time_bumps:
+        conditions, bumps = max(1, len(self.conditions)), self.time_bumps
+        if bumps is None:
+            bumps = min(recording.num_bins // BINS_A_BUMP, MOST_BUMPS)
+        if bumps < 2 or recording.num_trials <= conditions or recording.num_bins < bumps:
             return None
-        return conditions, self.time_bumps
+        return conditions, bumps
 
-    def design(self, recording: Recording) -> Tensor:
+    def design(self, recording: Recording, bumps: int) -> Tensor:
         """The time-locked input :math:`\\varphi` of every trial, (trial, time, condition x bump)."""
-        return _regions.design(self, recording)
+        return _regions.design(self, recording, bumps)
 
     def transition(self, parameters: MultiRegionParameters, recording: Recording) -> Transition:
         """The step from bin to bin, which an intervention changes; see `pyrodyn.intervene`."""
@@ -247,7 +276,8 @@ class MultiRegionLDS(StateSpaceModel):
         if parameters.input_gain is not None and recording.inputs is not None:
             total = recording.inputs[:, 1:] @ parameters.input_gain.mT
         if parameters.time_locked is not None:
-            locked = self.design(recording)[:, 1:] @ parameters.time_locked.flatten(-2).mT
+            locked = parameters.time_locked
+            locked = self.design(recording, locked.shape[-1])[:, 1:] @ locked.flatten(-2).mT
             total = locked if total is None else total + locked
         if total is None:
             return None
@@ -280,9 +310,10 @@ class MultiRegionLDS(StateSpaceModel):
         return _regions.initial_values(self, recording)
 
     def simpler(self, recording: Recording) -> tuple[MultiRegionLDS, Callable[[Values], Values]] | None:
-        """The model without the edges that may be absent: `inference.Gibbs` starts at its mode, and edges come later.
+        """The model without the edges that may be absent, at whose mode `inference.Gibbs` tries to start.
 
-        What imitates coupling is so tried before coupling is. A horseshoe has no absent edges and no simpler model.
+        What imitates coupling is so tried before coupling is; from a mode with all edges it often is not found again. A
+        horseshoe has no absent edges and no simpler model.
         """
         edges = self.possible_edges(recording)
         sure = tuple(edge for edge in edges if edge.probability == 1.0)
@@ -336,12 +367,13 @@ class MultiRegionLDS(StateSpaceModel):
         return labels.transformed(self, parameters, recording, seed)
 
     def log_copies(self, recording: Recording) -> float:
-        """Signs and order of the global latents, and the signs of the trial's level and of one shared innovation.
+        """Signs and order of the global latents; the signs of the trial's level, of one shared innovation, one course.
 
-        Several shared innovations may be turned, a symmetry without separate modes; it counts for nothing here.
+        Several of the last two may be turned, a symmetry without separate modes; it counts for nothing here.
         """
         layout = self.layout(recording)
         signs = layout.num_globals + int(layout.level) + (self.shared_innovations == 1)
+        signs += self.shared_courses == 1 and self.num_bumps(recording) is not None
         return signs * math.log(2.0) + math.lgamma(layout.num_globals + 1)
 
     def conditionals(self, recording: Recording, observations: Tensor | None = None) -> RegionSweep:
