@@ -16,6 +16,7 @@ import pyrodyn as dyn
 from pyrodyn import inference, models, plots, readouts
 from pyrodyn.conditionals.paths import factors, levelled
 from pyrodyn.errors import ModelError
+from pyrodyn.inference import gibbs
 from pyrodyn.inference._starts import starts
 from pyrodyn.inference.density import LogDensity
 from pyrodyn.inference.engine import double_precision, random_stream
@@ -248,9 +249,12 @@ def test_one_start_is_without_edges_that_may_be_absent():
 
 @pytest.mark.parametrize(("gain", "taken"), [(5.0, 0), (15.0, 1)])
 def test_a_start_with_all_edges_has_to_be_better_by_a_margin(gain, taken, monkeypatch):
+    seen, model = recording(), models.MultiRegionLDS(1)
+    inner, widened = model.simpler(seen)
+    both = [widened(inner.initial_values(seen)), model.initial_values(seen)]
     masses = iter((-100.0, -100.0 + gain))
     monkeypatch.setattr(Run, "scout", lambda run, density: next(masses))
-    seen, model = recording(), models.MultiRegionLDS(1)
+    monkeypatch.setattr(gibbs, "starts", lambda model, recording, several: both if several else both[:1])
     engine = inference.Gibbs(draws=1, warmup=FEWEST, chains=2)
     with random_stream(0), double_precision(), torch.no_grad():
         _, values = engine._scouted(model, seen, model.conditionals(seen))
