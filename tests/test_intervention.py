@@ -219,7 +219,7 @@ def test_what_a_fit_predicts_of_silence_is_what_silence_does():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dyn.FitWarning)
         model = models.MultiRegionLDS(2, time_bumps=0, shared_innovations=0, trial_level=False)
-        posterior = dyn.fit(model, recording, inference.Gibbs(draws=20, warmup=100, chains=2), seed=0)
+        posterior = dyn.fit(model, recording, inference.Gibbs(draws=20, warmup=40, chains=2), seed=0)
     region = truth["latent_region"].values
     path = torch.from_numpy(truth["latents"].values)
     parts = [torch.from_numpy(truth[name].values).unsqueeze(0) for name in ("dynamics", "process_noise")]

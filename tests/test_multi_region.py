@@ -250,8 +250,8 @@ def test_one_start_is_without_edges_that_may_be_absent():
 @pytest.mark.parametrize(("gain", "taken"), [(5.0, 0), (15.0, 1)])
 def test_a_start_with_all_edges_has_to_be_better_by_a_margin(gain, taken, monkeypatch):
     seen, model = recording(), models.MultiRegionLDS(1)
-    inner, widened = model.simpler(seen)
-    both = [widened(inner.initial_values(seen)), model.initial_values(seen)]
+    inner, widened, filled = model.simpler(seen)
+    both = [change(inner.initial_values(seen)) for change in (widened, filled)]
     masses = iter((-100.0, -100.0 + gain))
     monkeypatch.setattr(Run, "scout", lambda run, density: next(masses))
     monkeypatch.setattr(gibbs, "starts", lambda model, recording, several: both if several else both[:1])

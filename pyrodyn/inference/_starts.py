@@ -18,35 +18,43 @@ from pyrodyn.recording import Recording
 ROUNDS, CLIMB = 5, 200  # renewals of the pseudo-observations, and steps of L-BFGS in all, on the way to the start
 
 
+Values = dict[str, Tensor]  # of the program's global sites
+
+
 @runtime_checkable
 class Nesting(Protocol):
-    """A model around a simpler one, whose mode is another place to start from."""
+    """A model around a simpler one, at whose mode chains may start."""
 
-    def simpler(self, recording: Recording) -> tuple[Any, Callable[[dict[str, Tensor]], dict[str, Tensor]]] | None:
-        """The simpler model, and what makes of its values those of this model; None where there is none."""
+    def simpler(
+        self, recording: Recording
+    ) -> tuple[Any, Callable[[Values], Values], Callable[[Values], Values]] | None:
+        """The simpler model, and what makes of its values those of this one, without or with a guess of what it lacks.
+
+        None where there is none.
+        """
         ...
 
 
-def starts(model: Any, recording: Recording, several: bool) -> list[dict[str, Tensor]]:
+def starts(model: Any, recording: Recording, several: bool) -> list[Values]:
     """Values of the globals near a posterior mode: that of the simpler model that this one nests, and its own.
 
-    With ``several`` false, only the first of them.
+    The second is climbed to from the first. With ``several`` false, only the first of them.
     """
     around: Any = model
     simpler = around.simpler(recording) if isinstance(around, Nesting) else None
     if simpler is None:
-        return [climb(model, recording)]
-    inner, widened = simpler
-    found = [widened(climb(inner, recording))]
-    return [*found, climb(model, recording)] if several else found
+        return [climb(model, recording, model.initial_values(recording))]
+    inner, widened, filled = simpler
+    values = climb(inner, recording, inner.initial_values(recording))
+    found = [widened(values)]
+    return [*found, climb(model, recording, filled(values))] if several else found
 
 
-def climb(model: Any, recording: Recording) -> dict[str, Tensor]:
+def climb(model: Any, recording: Recording, values: Values) -> Values:
     """Values of the globals near a posterior mode, counts taken as Gaussian about a path that follows.
 
     A model whose path cannot be integrated out brings a start that is good enough as it is.
     """
-    values = model.initial_values(recording)
     if not collapses(model, recording):
         return values
     if isinstance(model, IntegratedModel) or model.readout.is_gaussian:

@@ -309,23 +309,28 @@ class MultiRegionLDS(StateSpaceModel):
     def initial_values(self, recording: Recording) -> dict[str, Tensor]:
         return _regions.initial_values(self, recording)
 
-    def simpler(self, recording: Recording) -> tuple[MultiRegionLDS, Callable[[Values], Values]] | None:
+    def simpler(
+        self, recording: Recording
+    ) -> tuple[MultiRegionLDS, Callable[[Values], Values], Callable[[Values], Values]] | None:
         """The model without the edges that may be absent, at whose mode `inference.Gibbs` tries to start.
 
-        What imitates coupling is so tried before coupling is; from a mode with all edges it often is not found again. A
-        horseshoe has no absent edges and no simpler model.
+        What imitates coupling is so tried before coupling is. A horseshoe has no absent edges and no simpler model.
         """
         edges = self.possible_edges(recording)
         sure = tuple(edge for edge in edges if edge.probability == 1.0)
         if self.edge_prior == HORSESHOE or len(sure) == len(edges):
             return None
-        inner = replace(self, edges=sure)
+        inner, layout = replace(self, edges=sure), self.layout(recording)
 
         def widened(values: Values) -> Values:
             dynamics = inner.layout(recording).matrix(values["network"])
-            return values | {"network": self.layout(recording).vector(dynamics)}
+            return values | {"network": layout.vector(dynamics)}
 
-        return inner, widened
+        def filled(values: Values) -> Values:
+            held, guess = widened(values)["network"], self.initial_values(recording)["network"]
+            return values | {"network": torch.where(held == 0.0, guess, held)}
+
+        return inner, widened, filled
 
     # ------------------------------------------------------------------------------------------ the posterior
 
