@@ -237,11 +237,13 @@ def test_one_start_is_without_edges_that_may_be_absent():
     model = models.MultiRegionLDS(1, edges=[("A", "B", 1.0), ("B", "A", 0.5)], time_bumps=0)
     layout = model.layout(seen)
     with random_stream(0), double_precision():
-        start, full = starts(model, seen, True)
+        start, *full = starts(model, seen, True)
     presence = layout.presence(layout.matrix(start["network"]))
     assert presence.tolist() == [[True, False], [True, True]]
-    assert layout.presence(layout.matrix(full["network"])).all()
-    assert start.keys() == full.keys() == model.initial_values(seen).keys()
+    assert len(full) == 2
+    for values in full:
+        assert layout.presence(layout.matrix(values["network"])).all()
+        assert values.keys() == start.keys() == model.initial_values(seen).keys()
     assert len(starts(model, seen, False)) == 1
     assert models.MultiRegionLDS(1, edge_probability=1.0).simpler(seen) is None
     assert models.MultiRegionLDS(1, edge_prior="horseshoe").simpler(seen) is None
@@ -252,8 +254,8 @@ def test_a_start_with_all_edges_has_to_be_better_by_a_margin(gain, taken, monkey
     seen, model = recording(), models.MultiRegionLDS(1)
     inner, widened, filled = model.simpler(seen)
     both = [change(inner.initial_values(seen)) for change in (widened, filled)]
-    masses = iter((-100.0, -100.0 + gain))
-    monkeypatch.setattr(Run, "scout", lambda run, density: next(masses))
+    masses = iter(2 * (-100.0, -100.0 + gain))
+    monkeypatch.setattr(Run, "scout", lambda run, density, total: next(masses))
     monkeypatch.setattr(gibbs, "starts", lambda model, recording, several: both if several else both[:1])
     engine = inference.Gibbs(draws=1, warmup=FEWEST, chains=2)
     with random_stream(0), double_precision(), torch.no_grad():

@@ -36,9 +36,10 @@ class Nesting(Protocol):
 
 
 def starts(model: Any, recording: Recording, several: bool) -> list[Values]:
-    """Values of the globals near a posterior mode: that of the simpler model that this one nests, and its own.
+    """Values of the globals near posterior modes.
 
-    The second is climbed to from the first. With ``several`` false, only the first of them.
+    That of the simpler model that this one nests, the one climbed to from there, and the one climbed to from the
+    model's own first guess. With ``several`` false, only the first of them.
     """
     around: Any = model
     simpler = around.simpler(recording) if isinstance(around, Nesting) else None
@@ -47,7 +48,9 @@ def starts(model: Any, recording: Recording, several: bool) -> list[Values]:
     inner, widened, filled = simpler
     values = climb(inner, recording, inner.initial_values(recording))
     found = [widened(values)]
-    return [*found, climb(model, recording, filled(values))] if several else found
+    if several:
+        found += [climb(model, recording, guess) for guess in (filled(values), model.initial_values(recording))]
+    return found
 
 
 def climb(model: Any, recording: Recording, values: Values) -> Values:

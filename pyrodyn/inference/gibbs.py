@@ -20,7 +20,8 @@ from pyrodyn.progress import progress
 from pyrodyn.recording import Recording
 
 PATHS = 100  # drawn paths that are kept
-SCOUTED, FEWEST = 16, 20  # sweeps before one of two starts is chosen, and of warm-ups that are worth a choice
+SCOUTED, FEWEST = 16, 20  # sweeps before one of several starts is chosen, and of warm-ups that are worth a choice
+HOPELESS = 50.0  # nats behind the best after half of them
 MARGIN = 10.0  # nats by which a start has to be better than that of the simpler model
 STATE = "state/"
 
@@ -107,7 +108,7 @@ class Gibbs:
         return Draws(samples, "sampled", local=local, kept=kept, notes=notes | run.rates())
 
     def _begun(self, model: Any, recording: Any, sweep: Sweep) -> Run:
-        """Chains from the better of a model's starts; of sessions, each session's own."""
+        """Chains from the best of a model's starts; of sessions, each session's own."""
         if isinstance(recording, Recording):
             return self._scouted(model, recording, sweep)[0]
         values = {}
@@ -117,15 +118,19 @@ class Gibbs:
         return Run(self, sweep, sweep.start(values, self.chains))
 
     def _scouted(self, model: Any, recording: Recording, sweep: Sweep) -> tuple[Run, dict[str, Tensor]]:
-        """Chains from the better of a model's starts, and that start."""
+        """Chains from the best of a model's starts, and that start."""
         found = starts(model, recording, self.warmup >= FEWEST)
         runs = [Run(self, sweep, sweep.start(values, self.chains)) for values in found]
         if len(runs) == 1:
             return runs[0], found[0]
         density = LogDensity(collapse(model), recording)
-        simple, full = (run.scout(density) for run in runs)
-        better = int(full > simple + MARGIN)
-        return runs[better], found[better]
+        total = min(SCOUTED, 2 * self.warmup // 5)
+        masses = {i: run.scout(density, total // 2) for i, run in enumerate(runs)}
+        left = [i for i, mass in masses.items() if mass > max(masses.values()) - HOPELESS]
+        if len(left) > 1:
+            masses = {i: runs[i].scout(density, total) for i in left}
+        best = max(left, key=lambda i: masses[i] - MARGIN * (i > 0))
+        return runs[best], found[best]
 
     def replicate(self, density: LogDensity, start: Tensor) -> Tensor:
         """Draws (replicate, chain x draw, dimension) from many posteriors at once, started at ``start``.
@@ -172,17 +177,17 @@ class Run:
         self.local: dict[str, list[Tensor]] = {}
         self.sums: dict[str, Tensor] = {}
 
-    def scout(self, density: LogDensity) -> float:
-        """The first part of the warm-up, and the mean over its second half of the log posterior mass about the chains.
+    def scout(self, density: LogDensity, total: int) -> float:
+        """Warm up to sweep ``total``, and the mean over the second half of that of the log posterior mass about them.
 
         That is the log density with paths integrated out, and the entropy of unknowns that other states do not have:
         without it more unknowns would always seem better.
         """
-        total, found = min(SCOUTED, 2 * self.options.warmup // 5), []
-        with progress(total, "Gibbs: scouts") as bar:
+        half, found = (self.count + total) // 2, []
+        with progress(total, "Gibbs: scouts", self.count) as bar:
             while self.count < total:
                 self._step()
-                if 2 * self.count > total and self.count % 2 == 0:
+                if self.count > half and (total - self.count) % 2 == 0:
                     sites = {name: value.unsqueeze(1) for name, value in self.sweep.sites(self.state).items()}
                     found.append(density(density.unconstrain(sites)) + self.sweep.entropy(self.state))
                 bar.update()
