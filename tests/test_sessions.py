@@ -175,12 +175,13 @@ def test_the_graph_of_sessions_stands_side_by_side(fitted):
     assert graph["edge_rate"].dims == ("chain", "draw", "target", "source")
 
 
+@pytest.mark.long
 def test_an_edge_seen_in_other_sessions_is_believed_sooner():
     """Where a session says little by itself, the others' edges raise or lower the probability of its own."""
     system = coupled_regions(regions=3, units=10, trials=9, bins=50, mean_count=0.4, seed=3)
     poor = system.recording.isel(trial=[0, 1], time=slice(0, 25))
     rich = {"rich": system.recording.isel(trial=slice(2, 9)), "rich again": system.recording.isel(trial=slice(3, 9))}
-    truth, engine = system.truth["adjacency"], inference.Gibbs(draws=30, warmup=25, chains=2)
+    truth, engine = system.truth["adjacency"], inference.Gibbs(draws=40, warmup=40, chains=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dyn.FitWarning)
         together = dyn.coupling_graph(dyn.fit(MODEL, rich | {"poor": poor}, engine, seed=0))

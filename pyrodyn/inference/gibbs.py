@@ -20,7 +20,7 @@ from pyrodyn.progress import progress
 from pyrodyn.recording import Recording
 
 PATHS = 100  # drawn paths that are kept
-SCOUTED, FEWEST = 16, 20  # sweeps before one of several starts is chosen, and of warm-ups that are worth a choice
+SCOUTED, FEWEST = 16, 30  # sweeps before one of several starts is chosen, and of warm-ups that are worth a choice
 HOPELESS = 50.0  # nats behind the best after half of them
 MARGIN = 10.0  # nats by which a start has to be better than that of the simpler model
 STATE = "state/"
