@@ -36,6 +36,7 @@ class Program(Protocol):
 
 
 Labelled = dict[str, tuple[tuple[str, ...], Tensor]]  # name -> (event dims, value (*draw, 1, *event) or (*event))
+Values = dict[str, Tensor]  # of the program's global sites
 
 
 class LatentModel(ABC):

@@ -46,6 +46,8 @@ def recording(values=None, region=("A", "A", "A", "B", "B", "B"), trials: int = 
         ({"latent_dim": {"A": 1}}, r"units in \['B'\].*recording.sel\(region"),
         ({"latent_dim": {"A": 4, "B": 1}}, r"'A' has 3 units and latent_dim asks for 4"),
         ({"latent_dim": 0}, "1 or more"),
+        ({"latent_dim": 1, "shared_courses": -1}, "shared_courses must be a whole number of 0 or more, got -1"),
+        ({"latent_dim": 1, "time_bumps": 2.5}, "time_bumps must be a whole number of 0 or more, got 2.5"),
         ({"latent_dim": {"A": "x"}}, "whole number"),
         ({"latent_dim": 1, "edges": [("A", "C")]}, r"edges names \['C'\].*graph.subgraph\(recording.regions\)"),
         ({"latent_dim": 1, "edges": ["AB", ("A",)]}, r"must be \(source, target\)"),

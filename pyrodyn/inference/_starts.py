@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
-
 from pyrodyn.conditionals.paths import levelled
 from pyrodyn.inference.collapse import collapse, collapses
 from pyrodyn.inference.density import LogDensity
 from pyrodyn.inference.engine import NEAR
 from pyrodyn.inference.mode import Rescaled, ascend
-from pyrodyn.program import IntegratedModel, globals_given
+from pyrodyn.program import IntegratedModel, Values, globals_given
 from pyrodyn.recording import Recording
 
 ROUNDS, CLIMB = 5, 200  # renewals of the pseudo-observations, and steps of L-BFGS in all, on the way to the start
-
-
-Values = dict[str, Tensor]  # of the program's global sites
 
 
 @runtime_checkable

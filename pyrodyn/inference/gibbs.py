@@ -61,7 +61,9 @@ class Gibbs:
     draws : int
         Kept of each chain.
     warmup : int
-        Sweeps before the first; the reference of the path's move and step sizes adapt in them.
+        Sweeps before the first; the reference of the path's move and step sizes adapt in them. Where a model offers
+        several starts, as coupled regions do, and there are 30 or more, chains go through the first of them from each
+        start and on from the best.
     thin : int
         Sweeps from one draw to the next.
     chains : int

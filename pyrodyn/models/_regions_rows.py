@@ -65,11 +65,8 @@ def draw_rows(sweep: RegionSweep, state: State) -> None:
     parts = [before]
     if sweep.model.shared_innovations:
         shared = coefficients[:, sweep.shared]  # (chain, shared, regional)
-        eye = torch.eye(shared.shape[1], dtype=torch.float64)
-        root = torch.linalg.cholesky(eye + shared @ shared.mT)
-        mean = torch.cholesky_solve((rest @ shared.mT.unsqueeze(1)).flatten(1, 2).mT, root).mT
-        noise = torch.linalg.solve_triangular(root.mT, torch.randn_like(mean).mT, upper=True).mT
-        parts.append((mean + noise).unflatten(1, before.shape[1:3]))
+        drawn = normal_draw(shared @ shared.mT, (rest @ shared.mT.unsqueeze(1)).flatten(1, 2).mT, 1.0)
+        parts.append(drawn.mT.unflatten(1, before.shape[1:3]))
     design = torch.cat(parts, -1).flatten(1, 2)
     target = after[..., :regional].flatten(1, 2)
     gram, cross = design.mT @ design, design.mT @ target

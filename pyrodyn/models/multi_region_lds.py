@@ -39,11 +39,9 @@ from pyrodyn.models._regions import (
     MultiRegionParameters,
 )
 from pyrodyn.models._regions_sweep import RegionSweep
-from pyrodyn.program import Labelled, StateSpaceModel
+from pyrodyn.program import Labelled, StateSpaceModel, Values
 from pyrodyn.readouts import AffineReadout, PerRegion, Poisson, Readout, as_readout
 from pyrodyn.recording import Recording
-
-Values = dict[str, Tensor]  # of the program's global sites
 
 
 @dataclass(frozen=True)
