@@ -78,32 +78,46 @@ def evaluate(blocks, upper, columns, root, link, white, value, used, known):
 
 
 @inlined
-def _add_moments(moments, place, means, grad, b, t, u, dim):
-    """Add the weighted outer product of the means of bins t and u to ``moments[b, place]``."""
+def _add_moments(moments, place, means, grad, row, b, u, v, dim):
+    """Add the weighted outer product of the means at u and v to ``moments[b, place]``.
+
+    Of u with itself only what is not above the diagonal, where there are several columns.
+    """
     if grad.shape[1] == 1:
         for i in range(dim):
-            weighted = grad[b, 0] * means[b, t, i, 0]
+            weighted = grad[b, 0] * means[0, u, i, 0]
             for j in range(dim):
-                moments[b, place, i, j] += weighted * means[b, u, j, 0]
+                moments[b, place, i, j] += weighted * means[0, v, j, 0]
         return
     for i in range(moments.shape[3]):
-        for j in range(moments.shape[3]):
-            total = 0.0
+        for n in range(grad.shape[1]):
+            row[n] = grad[b, n] * means[0, u, i, n]
+        size = moments.shape[3] if v != u else i + 1
+        for j in range(1, size, 2):  # two at a time: a loop over columns costs as much to begin as ten of its steps
+            one, two = 0.0, 0.0
             for n in range(grad.shape[1]):
-                total += grad[b, n] * means[b, t, i, n] * means[b, u, j, n]
-            moments[b, place, i, j] += total
+                one += row[n] * means[0, v, j - 1, n]
+                two += row[n] * means[0, v, j, n]
+            moments[b, place, i, j - 1] += one
+            moments[b, place, i, j] += two
+        if size % 2:
+            one = 0.0
+            for n in range(grad.shape[1]):
+                one += row[n] * means[0, v, size - 1, n]
+            moments[b, place, i, size - 1] += one
 
 
 @kernel("blocks blocks blocks index rows blocks blocks")
-def differentiate(root, link, white, used, grad, moments, means, known):
+def differentiate(root, link, white, used, grad, moments, pulled, known):
     """Expected sufficient statistics, weighted by ``grad`` and summed over bins.
 
-    ``moments`` (element, 4, latent, latent) becomes the gradient in the three blocks and the upper one, ``means`` the
-    gradient in the columns.
+    ``moments`` (element, 4, latent, latent) becomes the gradient in the three blocks and the upper one, ``pulled``
+    (element, column, time, latent) that in the columns. Means are kept of two bins, which stay in the cache.
     """
     dim = len(known) or root.shape[3]
-    work = np.empty((2, dim, dim))
+    work, row = np.empty((2, dim, dim)), np.empty(grad.shape[1])
     covariance, cross = np.empty((1, 2, dim, dim)), np.empty((1, 2, dim, dim))
+    means = np.empty((1, 2, root.shape[3], white.shape[3]))
     last = white.shape[1] - 1
     for b in range(root.shape[0]):
         moments[b] = 0.0
@@ -113,7 +127,8 @@ def differentiate(root, link, white, used, grad, moments, means, known):
         own, resting, held, stays = 0, False, 0.0, used[b] - 2  # the slot of all bins between that are at rest
         for t in range(last, -1, -1):
             s = used[b] - 1 if t == last else min(t, stays)
-            backward_step(root, link, white, means, b, t, s, dim)
+            u, v = t % 2, (t + 1) % 2
+            backward_step(root, link, white, means, b, t, s, 0, u, v, dim)
             if resting and s == stays and t > 0:
                 held += 1.0
             else:
@@ -133,15 +148,16 @@ def differentiate(root, link, white, used, grad, moments, means, known):
                         moments[b, place, i, j] += share * covariance[0, own, i, j]
                         if t < last:
                             moments[b, 3, i, j] += share * cross[0, own, i, j]
-            _add_moments(moments, 0 if t == 0 else (2 if t == last else 1), means, grad, b, t, t, dim)
+            _add_moments(moments, 0 if t == 0 else (2 if t == last else 1), means, grad, row, b, u, u, dim)
             if t < last:
-                _add_moments(moments, 3, means, grad, b, t, t + 1, dim)
+                _add_moments(moments, 3, means, grad, row, b, u, v, dim)
+            for n in range(grad.shape[1]):
+                for i in range(dim):
+                    pulled[b, n, t, i] = grad[b, n] * means[0, u, i, n]
         for i in range(dim):
             for j in range(dim):
-                for place in range(3):
-                    moments[b, place, i, j] *= -0.5
                 moments[b, 3, i, j] *= -1.0
-        for t in range(last + 1):
-            for i in range(dim):
-                for n in range(grad.shape[1]):
-                    means[b, t, i, n] *= grad[b, n]
+            for place in range(3):
+                for j in range(i + 1):
+                    moments[b, place, i, j] *= -0.5
+                    moments[b, place, j, i] = moments[b, place, i, j]

@@ -182,10 +182,12 @@ class SteadyLogNormaliser(torch.autograd.Function):
         root, link, white, used = ctx.arrays
         latent = root.shape[-1]
         rows = np.ascontiguousarray(grad.reshape(len(root), white.shape[-1]).numpy(force=True))
-        moments, means = np.empty((len(root), 4, latent, latent)), np.empty(white.shape)
-        _steady.differentiate(latent, root, link, white, used, rows, moments, means)
+        count, time, _, columns = white.shape
+        moments, pulled = np.empty((count, 4, latent, latent)), np.empty((count, columns, time, latent))
+        _steady.differentiate(latent, root, link, white, used, rows, moments, pulled)
         found = torch.from_numpy(moments).reshape(*ctx.batch, 4, latent, latent)
-        return found[..., :3, :, :], found[..., 3:, :, :], torch.from_numpy(means).reshape(ctx.batch + means.shape[1:])
+        for_columns = torch.from_numpy(pulled).movedim(1, -1).reshape(*ctx.batch, time, latent, columns)
+        return found[..., :3, :, :], found[..., 3:, :, :], for_columns
 
 
 def _contiguous(blocks: Tensor, count: int) -> np.ndarray:
