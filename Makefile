@@ -15,6 +15,9 @@ ifneq ($(wildcard ../shared/data/.),)
 export PYRODYN_DATA ?= $(abspath ../shared/data)
 endif
 
+# Processes that compile every module anew take seconds longer to start, and tests start many.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help venv demo test long check format tutorials bench calibrate fuzz kills clean
 
 help:  ## this list

@@ -31,7 +31,7 @@ class MarkovModes(TorchDistribution):
 
     def __init__(self, initial: Tensor, transition: Tensor, num_bins: int) -> None:
         self.initial, self.transition = initial, transition
-        batch = torch.broadcast_shapes(initial.shape[:-1], transition.shape[:-2])
+        batch = broadcast_shapes(initial.shape[:-1], transition.shape[:-2])
         super().__init__(batch, torch.Size((num_bins,)), validate_args=False)
 
     @constraints.dependent_property(is_discrete=True, event_dim=1)
@@ -39,7 +39,7 @@ class MarkovModes(TorchDistribution):
         return constraints.independent(constraints.integer_interval(0, self.initial.shape[-1] - 1), 1)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        value = value.expand(torch.broadcast_shapes(value.shape, (*self.batch_shape, 1)))
+        value = value.expand(broadcast_shapes(value.shape, (*self.batch_shape, 1)))
         first = self.initial.log().expand(*value.shape[:-1], -1)
         start = first.gather(-1, value[..., :1]).squeeze(-1)
         rows = self.transition.log().expand(*value.shape[:-1], *self.transition.shape[-2:]).flatten(-2)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pyro
@@ -22,6 +23,8 @@ from pyrodyn.inference.whitening import Whitened, whiten
 from pyrodyn.program import IntegratedModel, LatentModel, Program, globals_given
 from pyrodyn.recording import Recording
 
+_STARTS: WeakKeyDictionary[Recording, list[tuple[LatentModel, int, dict[str, Tensor]]]] = WeakKeyDictionary()
+MOST_STARTS = 4  # of one recording that are remembered
 NEAR = 1e-7  # relative gain of a step below which a start is near enough to the mode
 
 
@@ -90,11 +93,27 @@ class RefittingEngine(Protocol):
 def starting_values(program: Program, recording: Recording, max_steps: int, label: str) -> dict[str, Tensor]:
     """Values of the globals near the posterior mode; the model's own guess where the path does not collapse.
 
-    Of a flow without noise, values of all sites, by way of the same flow with noise.
+    Of a flow without noise, values of all sites, by way of the same flow with noise. They follow from model and
+    recording alone, and the next engine that asks for those of the same two objects gets them at once.
     """
     model = program.model if isinstance(program, Collapsed) else program
     if not isinstance(model, LatentModel):
         return {}
+    if not isinstance(recording, Recording):  # several sessions
+        return _starting_values(program, model, recording, max_steps, label)
+    known = _STARTS.setdefault(recording, [])
+    for other, steps, values in known:
+        if other is model and steps == max_steps:
+            return {name: value.clone() for name, value in values.items()}
+    found = _starting_values(program, model, recording, max_steps, label)
+    known.append((model, max_steps, {name: value.clone() for name, value in found.items()}))
+    del known[:-MOST_STARTS]
+    return found
+
+
+def _starting_values(
+    program: Program, model: LatentModel, recording: Recording, max_steps: int, label: str
+) -> dict[str, Tensor]:
     if isinstance(model, NoiselessFlow) and max_steps:
         linear = starting_values(model.relative().linear_relative(), recording, max_steps, label)
         return flow_start(model, recording, linear, max_steps, label)

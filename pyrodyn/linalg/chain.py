@@ -375,7 +375,7 @@ def _next(blocks: Tensor, count: int) -> Tensor:
 
 def _interleave(even: Tensor, odd: Tensor) -> Tensor:
     total = even.shape[-3] + odd.shape[-3]
-    batch = torch.broadcast_shapes(even.shape[:-3], odd.shape[:-3])
+    batch = broadcast_shapes(even.shape[:-3], odd.shape[:-3])
     woven = torch.empty(batch + (total,) + even.shape[-2:], dtype=even.dtype, device=even.device)
     woven[..., 0::2, :, :] = even
     woven[..., 1::2, :, :] = odd

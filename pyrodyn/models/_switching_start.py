@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from pyrodyn.conditionals.modes import expect, mode_marginals_and_counts
@@ -179,6 +178,8 @@ def _on_path(prior: StepPrior, path: Tensor, recording: Recording, rounds: int) 
 
 def _clusterings(prior: StepPrior, path: Tensor, recording: Recording) -> Tensor:
     """Modes (start, trial, time) by k-means on place and velocity, in several weights."""
+    from sklearn.cluster import KMeans
+
     place = path.numpy()
     speed = np.diff(place, axis=1, prepend=place[:, :1])
     inside = inside_of(recording).numpy()

@@ -10,7 +10,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from scipy.ndimage import uniform_filter1d
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from pyrodyn.errors import ModelError
@@ -98,6 +97,8 @@ class GainHMM(HMM):
 
     def _clusters(self, recording: Recording, width: int) -> np.ndarray:
         """A state for every bin, (trial, time), by what all units do together, averaged over ``width`` bins."""
+        from sklearn.cluster import KMeans
+
         counts = recording.values.numpy()
         observed = np.ones_like(counts) if recording.mask is None else recording.mask.numpy().astype(float)
         usual = counts.sum((0, 1)) / np.maximum(observed.sum((0, 1)), 1.0)

@@ -12,12 +12,12 @@ import pyro
 import pyro.distributions as dist
 import torch
 from scipy.ndimage import uniform_filter1d
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from pyrodyn.distributions.modes import MarkovModes
 from pyrodyn.errors import ModelError
 from pyrodyn.linalg import mode_log_normaliser, sample_modes
+from pyrodyn.linalg.matrix import broadcast_shapes
 from pyrodyn.models._modes import mode_contrasts, numbering
 from pyrodyn.program import OBSERVATION_DIMS, IntegratedModel, Labelled
 from pyrodyn.readouts import AffineReadout, PerRegion, Poisson, Readout, as_readout, mode_log_likelihood
@@ -208,6 +208,8 @@ class HMM(IntegratedModel):
 
     def _clusters(self, recording: Recording, width: int) -> np.ndarray:
         """A mode for every bin, (trial, time), by k-means of observations averaged over ``width`` bins."""
+        from sklearn.cluster import KMeans
+
         values = self.readout.linearise(recording).numpy()
         if recording.mask is not None:
             values = np.where(recording.mask.numpy(), values, 0.0)
@@ -232,7 +234,7 @@ class HMM(IntegratedModel):
 
     def invariants(self, parameters: HMMParameters) -> Labelled:
         initial, transition, predictor, noise, _ = parameters
-        lead = torch.broadcast_shapes(predictor.shape[:-2], transition.shape[:-2])
+        lead = broadcast_shapes(predictor.shape[:-2], transition.shape[:-2])
         share = stationary_distribution(transition).expand(*lead, -1)
         middle = (share.unsqueeze(-1) * predictor).sum(-2)
         apart = (share.unsqueeze(-1) * (predictor - middle.unsqueeze(-2)).square()).sum(-2)

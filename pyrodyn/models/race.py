@@ -11,7 +11,6 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from pyrodyn.distributions.race import StoppedRace
@@ -154,6 +153,8 @@ class Race(Ramps):
 
     def _started(self, recording: Recording, start: float) -> dict[str, Tensor]:
         """Trials are told apart by their late counts: a cluster for each accumulator, at its bound."""
+        from sklearn.cluster import KMeans
+
         early, late = early_and_late(recording)
         ratio = start * late / early  # (trial, unit): what the accumulators that a unit reads add up to
         groups = min(self.accumulators, recording.num_trials)

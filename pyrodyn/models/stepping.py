@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyrodyn.errors import ModelError
+from pyrodyn.linalg.matrix import broadcast_shapes
 from pyrodyn.models._conditioned import RAREST, ConditionedChain, early_and_late
 from pyrodyn.program import Labelled
 from pyrodyn.readouts import Poisson
@@ -99,7 +100,7 @@ class Stepping(ConditionedChain):
         leave = self.phases * recording.bin_width / parameters.step_time
         stay, size = (-leave).log1p(), self.phases + 2
         up, down = parameters.up_probability.log(), (-parameters.up_probability).log1p()
-        lead = torch.broadcast_shapes(leave.shape, up.shape)
+        lead = broadcast_shapes(leave.shape, up.shape)
         never = leave.new_full(lead, RAREST)
         entries = [[never] * size for _ in range(size)]
         for i in range(self.phases):

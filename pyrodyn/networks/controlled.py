@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyrodyn.linalg.matrix import broadcast_shapes
 from pyrodyn.networks.scans import gated_slopes, gated_step, outer, reduced
 
 
@@ -171,7 +172,7 @@ def _room(state: Tensor, time: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _matched(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Two weights (*draw, row, hidden) with the draws of both."""
-    lead = torch.broadcast_shapes(first.shape[:-2], second.shape[:-2])
+    lead = broadcast_shapes(first.shape[:-2], second.shape[:-2])
     return first.expand(lead + first.shape[-2:]), second.expand(lead + second.shape[-2:])
 
 

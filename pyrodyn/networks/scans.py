@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pyrodyn.linalg.matrix import broadcast_shapes
+
 
 def gated_scan(
     drive: Tensor,
@@ -226,7 +228,7 @@ def tanh_(values: Tensor) -> Tensor:
 def _batch(drive: Tensor, initial: Tensor, *others: Tensor | None) -> torch.Size:
     """The batch (*draw, trial) that all of these broadcast to."""
     shapes = [part.shape[1:-1] for part in (drive, *others) if part is not None]
-    return torch.broadcast_shapes(initial.shape[:-1], *shapes)
+    return broadcast_shapes(initial.shape[:-1], *shapes)
 
 
 def _move(state: Tensor, t: int, gain: Tensor | None, shift: Tensor | None) -> None:
