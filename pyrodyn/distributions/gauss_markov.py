@@ -29,7 +29,7 @@ from pyrodyn.linalg.chain import (
     steady_log_normaliser,
 )
 from pyrodyn.linalg.dynamics import dynamics_blocks
-from pyrodyn.linalg.matrix import broadcast_shapes, precision_of
+from pyrodyn.linalg.matrix import broadcast_shapes, of_all_trials, precision_of
 
 if TYPE_CHECKING:
     from pyrodyn.linalg.compiled import CompiledFactor
@@ -164,9 +164,9 @@ class GaussMarkov(TorchDistribution):
         blocks, upper, normaliser = dynamics_blocks(dynamics, process_noise, initial_covariance, num_bins)
         linear = blocks.new_zeros(num_bins, dim)
         if drift is not None:
-            pulled = (blocks[..., 2:, :, :] @ drift.unsqueeze(-1)).squeeze(-1)
+            pulled = of_all_trials(drift, blocks[..., 2, :, :])  # the block is symmetric
             normaliser = normaliser + 0.5 * (pulled * drift).sum((-2, -1))
-            back = (upper @ drift.unsqueeze(-1)).squeeze(-1)
+            back = of_all_trials(drift, upper.squeeze(-3).mT)
             none = torch.zeros_like(pulled[..., :1, :]) if later else drift.new_zeros(*drift.shape[:-2], 1, dim)
             linear = torch.cat([none, pulled], -2) + torch.cat([back, none], -2)
         if initial_mean is not None:

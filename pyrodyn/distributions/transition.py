@@ -19,7 +19,7 @@ class Transition(NamedTuple):
     dynamics: Tensor  # (*draw, 1, latent, latent), A
     process_noise: Tensor  # (*draw, 1, latent, latent), Q
     initial_covariance: Tensor  # (*draw, 1, latent, latent)
-    drift: Tensor | None  # (*draw, trial, time - 1, latent), b from the second bin on
+    drift: Tensor | None  # (*draw, trial or 1, time - 1, latent), b from the second bin on
 
     def path(self, num_bins: int) -> GaussMarkov:
         """The law of the path."""

@@ -23,6 +23,7 @@ from pyrodyn.distributions import (
 )
 from pyrodyn.distributions.network import LEVEL_PERSISTENCE
 from pyrodyn.errors import ModelError
+from pyrodyn.linalg.matrix import of_all_trials
 from pyrodyn.models import _regions
 from pyrodyn.models import _regions_posterior as labels
 from pyrodyn.models._regions import (
@@ -269,13 +270,16 @@ class MultiRegionLDS(StateSpaceModel):
         return own.diag().expand_as(like)
 
     def drift(self, parameters: MultiRegionParameters, recording: Recording) -> Tensor | None:
-        """What inputs add to the latents from the second bin on, (*draw, trial, time - 1, latent), or None."""
+        """What inputs add to the latents from the second bin on, (*draw, trial or 1, time - 1, latent), or None."""
         regional, total = self.layout(recording).regional, None
         if parameters.input_gain is not None and recording.inputs is not None:
             total = recording.inputs[:, 1:] @ parameters.input_gain.mT
         if parameters.time_locked is not None:
             locked = parameters.time_locked
-            locked = self.design(recording, locked.shape[-1])[:, 1:] @ locked.flatten(-2).mT
+            design = self.design(recording, locked.shape[-1])[:, 1:]
+            if len(self.conditions) < 2:
+                design = design[:1]  # the same in all trials
+            locked = of_all_trials(design, locked.flatten(-2).mT)
             total = locked if total is None else total + locked
         if total is None:
             return None
