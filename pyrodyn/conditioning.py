@@ -81,9 +81,10 @@ def gaussian_evidence(prior: GaussMarkov, readout: AffineReadout, observations: 
     """Exact log p(y | parameters) of every trial; units enter only through their weighted sums."""
     middle, sums = _moments(observations, readout.observed)
     if _apart(readout, observations):
-        precision, linear, at_zero = _Sums.apply(
-            readout.loading, readout.offset, readout.noise, observations, middle, sums
-        )
+        parts = readout.loading, readout.offset, readout.noise
+        if readout.loading.dim() == 2:  # no draws
+            parts = tuple(part.unsqueeze(0) for part in parts)
+        precision, linear, at_zero = _Sums.apply(*parts, observations, middle, sums)
         normaliser = prior.condition(precision, linear).log_normaliser
     else:
         normaliser = _grouped_normaliser(prior, readout, observations)
@@ -121,8 +122,7 @@ def _apart(readout: AffineReadout, observations: Tensor) -> bool:
         readout.observed is None
         and observations.dim() == 3
         and not observations.requires_grad
-        and loading.dim() >= 3
-        and loading.shape[-3] == 1
+        and (loading.dim() == 2 or loading.shape[-3] == 1)
         and offset.shape == noise.shape == (*loading.shape[:-2], 1, loading.shape[-2])
         and not any(unpack_dual(part).tangent is not None for part in (loading, offset, noise))
     )

@@ -13,6 +13,7 @@ LARGEST_R_HAT = 1.05
 LARGEST_K_HAT = 0.7
 LEAST_WEIGHTED = 25  # draws from which a tail of weights can be fitted
 LEAST_DRAWS = 4  # of a chain whose halves are compared
+MOST_ENTRIES = 500  # of one variable that are looked at: an array of thousands has but a few degrees of freedom
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def diagnose(invariants: xr.Dataset, stats: xr.Dataset, superchains: int | None 
     Parameters
     ----------
     invariants : Dataset, (chain, draw, ...)
+        Of a variable with more than `MOST_ENTRIES` entries, as many spread evenly over it are looked at.
     stats : Dataset, (chain, draw)
         With ``lp`` and ``log_q`` where the draws are independent ones from a density q.
     superchains : int, optional
@@ -53,6 +55,7 @@ def diagnose(invariants: xr.Dataset, stats: xr.Dataset, superchains: int | None 
         return Diagnosis({})
     if groups > 1:
         name, function = "max_nested_r_hat", lambda draws: nested_rhat(draws, groups)
+    invariants = invariants.map(_some_entries)
     found: dict[str, float] = {}
     with np.errstate(all="ignore"):
         found[name] = worst = _extreme(function(invariants), np.max)
@@ -106,6 +109,16 @@ def nested_rhat(draws: xr.Dataset, superchains: int) -> xr.Dataset:
         return np.sqrt(1.0 + np.where(between > rounding, between, 0.0) / np.where(within > rounding, within, 0.0))
 
     return xr.apply_ufunc(of_array, draws, input_core_dims=[["chain", "draw"]])
+
+
+def _some_entries(variable: xr.DataArray) -> xr.DataArray:
+    """A variable (chain, draw, ...), or `MOST_ENTRIES` of its entries, (chain, draw, entry)."""
+    rest = [dim for dim in variable.dims if dim not in ("chain", "draw")]
+    size = math.prod(variable.sizes[dim] for dim in rest)
+    if size <= MOST_ENTRIES:
+        return variable
+    flat = variable.variable.stack(entry=rest)
+    return xr.DataArray(flat[{"entry": np.linspace(0, size - 1, MOST_ENTRIES).astype(int)}])
 
 
 def _extreme(found: xr.Dataset, choose) -> float:

@@ -29,19 +29,15 @@ class Scored(NamedTuple):
     """Networks, with what a move needs to know of them; each (chain, ...)."""
 
     vector: Tensor
-    value: Tensor
+    value: Tensor  # log density with the path integrated out under the potential
     slope: Tensor
-    path: Tensor
-    noise: Tensor | None
 
     def where(self, accepted: Tensor, other: Scored) -> Scored:
-        """These where accepted, the others elsewhere; they share their noise."""
+        """These where accepted, the others elsewhere."""
         return Scored(
             torch.where(accepted[:, None], self.vector, other.vector),
             torch.where(accepted, self.value, other.value),
             torch.where(accepted[:, None], self.slope, other.slope),
-            torch.where(accepted[:, None, None, None], self.path, other.path),
-            other.noise,
         )
 
 
@@ -86,30 +82,75 @@ def _potential(sweep: RegionSweep, state: State, readout: AffineReadout) -> tupl
 
 
 def move_network(sweep: RegionSweep, state: State, adapt: bool) -> None:
-    """The rows of every region in turn, edges and all, the path integrated out or moving with them."""
+    """The rows of every region in turn, edges and all, the path integrated out or moving with them.
+
+    What the potential leaves over of counts needs the path, and the rates of all units. It is asked only where the
+    rest of the ratio would accept: two chances to refuse in a row leave the same law as one.
+
+    Reference: Christen & Fox, J. Comput. Graph. Stat. 14:795 (2005), on delayed acceptance.
+    """
     parameters = sweep.parameters(state)
     _, readout = factors(sweep.model, parameters, sweep.recording)
     potential = _potential(sweep, state, readout)
-    rest = None if sweep.model.readout.is_gaussian else Leftover(readout, sweep.seen(state), *potential)
     information, prior = state["caution"][:, None, None] * state["information"], sweep.prior(state)
-    here = _scored(sweep, state, parameters, potential, rest, sweep.layout.vector(state["dynamics"]), None)
+    here, near = _scored(sweep, state, parameters, potential, sweep.layout.vector(state["dynamics"]))
+    along = None if sweep.model.readout.is_gaussian else _Along(readout, sweep, state, potential, near)
     rates = []
     for block in torch.randperm(len(sweep.proposal.blocks)).tolist():
         vector, ahead = sweep.proposal.step(block, here.vector, here.slope, information, prior)
-        there = _scored(sweep, state, parameters, potential, rest, vector, here)
+        there, near = _scored(sweep, state, parameters, potential, vector)
         behind = sweep.proposal.log_density(block, there.vector, there.slope, information, prior, here.vector, ahead)
-        change = there.value + behind - here.value - ahead.log_density
-        acceptance = torch.nan_to_num(change, -torch.inf).clamp(max=0.0).exp()
+        acceptance = _probability(there.value + behind - here.value - ahead.log_density)
         # Signs of common latents are held to one half of the space, on which the step stays reversible.
         acceptance = torch.where((_signs(sweep, state, there) == _signs(sweep, state, here)).all(-1), acceptance, 0.0)
         accepted = torch.rand_like(acceptance) < acceptance
+        if along is not None:
+            accepted, acceptance = along.move(near, accepted)
         here = there.where(accepted, here)
         rates.append(acceptance)
     state["network_acceptance"] = torch.stack(rates).mean(0)
     if adapt:
         rise = (0.3 * (ACCEPTED - state["network_acceptance"])).exp()
         state["caution"] = (state["caution"] * rise).clamp(1.0, 30.0)
-    state["dynamics"], state["path"] = sweep.layout.matrix(here.vector), here.path
+    state["dynamics"] = sweep.layout.matrix(here.vector)
+    if along is not None:
+        state["path"] = along.path
+
+
+class _Along:
+    """A path that keeps its noise while the network moves, and what the potential leaves over of counts along it."""
+
+    def __init__(
+        self,
+        readout: AffineReadout,
+        sweep: RegionSweep,
+        state: State,
+        potential: tuple[Tensor, Tensor],
+        near: GaussMarkov,
+    ) -> None:
+        self.rest = Leftover(readout, sweep.seen(state), *potential)
+        self.path, self.noise = state["path"], near.noise_of(state["path"])
+        self.left = self._left(self.path)
+
+    def move(self, near: GaussMarkov, passed: Tensor) -> tuple[Tensor, Tensor]:
+        """Go along to networks whose paths have the law ``near``: which chains (chain) do of those that ``passed``,
+        and how probable that was."""
+        if not bool(passed.any()):
+            return passed, torch.zeros_like(self.left)
+        path = near.draw(self.noise)
+        left = self._left(path)
+        probability = torch.where(passed, _probability(left - self.left), 0.0)
+        accepted = torch.rand_like(probability) < probability
+        self.path = torch.where(accepted[:, None, None, None], path, self.path)
+        self.left = torch.where(accepted, left, self.left)
+        return accepted, probability
+
+    def _left(self, path: Tensor) -> Tensor:
+        return self.rest.value(path).sum((-2, -1))
+
+
+def _probability(change: Tensor) -> Tensor:
+    return torch.nan_to_num(change, -torch.inf).clamp(max=0.0).exp()
 
 
 def _scored(
@@ -117,25 +158,16 @@ def _scored(
     state: State,
     parameters: MultiRegionParameters,
     potential: tuple[Tensor, Tensor],
-    rest: Leftover | None,
     vector: Tensor,
-    origin: Scored | None,
-) -> Scored:
-    """Log density and slope of networks (chain, entry), and the path that has the noise of ``origin``'s."""
+) -> tuple[Scored, GaussMarkov]:
+    """Log density and slope of networks (chain, entry), and the law of the path under them and the potential."""
     moved = parameters._replace(dynamics=sweep.layout.matrix(vector).unsqueeze(1))
     prior = sweep.model.latent_path(moved, sweep.recording)
     near = prior.condition(*potential)
     evidence, slope = _evidence(sweep, moved, prior, near)
     value = evidence + sweep.prior(state).log_prob(vector)
-    path, noise = state["path"], None
-    if rest is not None:
-        if origin is None or origin.noise is None:
-            noise = near.noise_of(path)
-        else:
-            noise, path = origin.noise, near.draw(origin.noise)
-        value = value + rest.value(path).sum((-2, -1))
     bad = ~(torch.isfinite(value) & torch.isfinite(slope).all(-1))
-    return Scored(vector, torch.where(bad, -torch.inf, value), torch.where(bad.unsqueeze(-1), 0.0, slope), path, noise)
+    return Scored(vector, torch.where(bad, -torch.inf, value), torch.where(bad.unsqueeze(-1), 0.0, slope)), near
 
 
 def _evidence(
