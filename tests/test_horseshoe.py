@@ -134,7 +134,7 @@ def test_a_graph_is_found_and_says_what_it_counts_as_an_edge():
     model = models.MultiRegionLDS(2, edge_prior="horseshoe", time_bumps=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dyn.FitWarning)
-        posterior = dyn.fit(model, system.recording, inference.Gibbs(draws=30, warmup=40, chains=2), seed=0)
+        posterior = dyn.fit(model, system.recording, inference.Gibbs(draws=80, warmup=60, chains=2), seed=0)
     graph = dyn.coupling_graph(posterior, rope=0.08)
     there, off = system.truth["adjacency"].values, ~np.eye(3, dtype=bool)
     strength = graph["strength"].mean(("chain", "draw")).values
