@@ -119,6 +119,20 @@ def factor_step(diagonal, own, at, upper, above, ahead, root, link, work, b, s, 
 
 
 @inlined
+def _less(found, b, t, i, one, rows, e, u, k):
+    """Take ``one`` times row k from row i, over all columns."""
+    for n in range(found.shape[3]):
+        found[b, t, i, n] -= one * rows[e, u, k, n]
+
+
+@inlined
+def _less_two(found, b, t, i, one, two, rows, e, u, k):
+    """Take ``one`` times row k - 1 and ``two`` times row k from row i: half the traffic of one after the other."""
+    for n in range(found.shape[3]):
+        found[b, t, i, n] -= one * rows[e, u, k - 1, n] + two * rows[e, u, k, n]
+
+
+@inlined
 def forward_step(root, link, columns, white, b, t, s, p, dim):
     """White columns of bin t: R_s^-1 (columns_t - W_p' white_t-1), with p the slot of bin t - 1."""
     if white.shape[3] == 1:
@@ -136,22 +150,14 @@ def forward_step(root, link, columns, white, b, t, s, p, dim):
         for n in range(white.shape[3]):
             white[b, t, i, n] = columns[b, t, i, n]
         if t > 0:
-            for k in range(1, size, 2):  # two at a time: half the traffic of the sum
-                one, two = link[b, p, k - 1, i], link[b, p, k, i]
-                for n in range(white.shape[3]):
-                    white[b, t, i, n] -= one * white[b, t - 1, k - 1, n] + two * white[b, t - 1, k, n]
+            for k in range(1, size, 2):
+                _less_two(white, b, t, i, link[b, p, k - 1, i], link[b, p, k, i], white, b, t - 1, k)
             if size % 2:
-                one = link[b, p, size - 1, i]
-                for n in range(white.shape[3]):
-                    white[b, t, i, n] -= one * white[b, t - 1, size - 1, n]
+                _less(white, b, t, i, link[b, p, size - 1, i], white, b, t - 1, size - 1)
         for k in range(1, i, 2):
-            one, two = root[b, s, i, k - 1], root[b, s, i, k]
-            for n in range(white.shape[3]):
-                white[b, t, i, n] -= one * white[b, t, k - 1, n] + two * white[b, t, k, n]
+            _less_two(white, b, t, i, root[b, s, i, k - 1], root[b, s, i, k], white, b, t, k)
         if i % 2:
-            one = root[b, s, i, i - 1]
-            for n in range(white.shape[3]):
-                white[b, t, i, n] -= one * white[b, t, i - 1, n]
+            _less(white, b, t, i, root[b, s, i, i - 1], white, b, t, i - 1)
         for n in range(white.shape[3]):
             white[b, t, i, n] *= root[b, s, i, i]
 
@@ -177,21 +183,13 @@ def backward_step(root, link, white, states, b, t, s, e, u, v, dim):
             states[e, u, i, n] = white[b, t, i, n]
         if not last:
             for k in range(1, size, 2):
-                one, two = link[b, s, i, k - 1], link[b, s, i, k]
-                for n in range(white.shape[3]):
-                    states[e, u, i, n] -= one * states[e, v, k - 1, n] + two * states[e, v, k, n]
+                _less_two(states, e, u, i, link[b, s, i, k - 1], link[b, s, i, k], states, e, v, k)
             if size % 2:
-                one = link[b, s, i, size - 1]
-                for n in range(white.shape[3]):
-                    states[e, u, i, n] -= one * states[e, v, size - 1, n]
+                _less(states, e, u, i, link[b, s, i, size - 1], states, e, v, size - 1)
         for k in range(i + 2, size, 2):
-            one, two = root[b, s, k - 1, i], root[b, s, k, i]
-            for n in range(white.shape[3]):
-                states[e, u, i, n] -= one * states[e, u, k - 1, n] + two * states[e, u, k, n]
+            _less_two(states, e, u, i, root[b, s, k - 1, i], root[b, s, k, i], states, e, u, k)
         if (size - i) % 2 == 0:
-            one = root[b, s, size - 1, i]
-            for n in range(white.shape[3]):
-                states[e, u, i, n] -= one * states[e, u, size - 1, n]
+            _less(states, e, u, i, root[b, s, size - 1, i], states, e, u, size - 1)
         for n in range(white.shape[3]):
             states[e, u, i, n] *= root[b, s, i, i]
 

@@ -44,7 +44,6 @@ from pyrodyn.program import Labelled, StateSpaceModel, Values
 from pyrodyn.readouts import AffineReadout, PerRegion, Poisson, Readout, as_readout
 from pyrodyn.recording import Recording
 
-
 # Of the guess of a network, where edges begin that the simpler model had not: large ones turn what is common into
 # coupling before the climb has weighed the two (an edge in one system of eight, and a mode 880 nats below another).
 FIRST_EDGES = 0.1
