@@ -9,6 +9,7 @@ coordinates. Peers: see `peers_jax.py`; without PYRODYN_PEERS only ours and Pyro
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import subprocess
 import sys
@@ -157,7 +158,8 @@ def main() -> int:
         else:
             # From the same mode as ours: from its own random starts its chains end in different places.
             row("numpyro NUTS over dynamax", peer("lds_nuts", **peers_lds(program, recording)))
-        row("Pyro NUTS on our density", draws_of(program, recording, nuts))
+        # Another object, or it would be handed the start that ours has climbed to.
+        row("Pyro NUTS on our density", draws_of(copy.copy(program), recording, nuts))
         say()
     if options.table is not None:
         options.table.write_text("\n".join(lines) + "\n")

@@ -13,7 +13,7 @@ LARGEST_R_HAT = 1.05
 LARGEST_K_HAT = 0.7
 LEAST_WEIGHTED = 25  # draws from which a tail of weights can be fitted
 LEAST_DRAWS = 4  # of a chain whose halves are compared
-MOST_ENTRIES = 500  # of one variable that are looked at: an array of thousands has but a few degrees of freedom
+MOST_ENTRIES = 500  # of one variable that are looked at: thousands, as of a course in every unit, take seconds
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def diagnose(invariants: xr.Dataset, stats: xr.Dataset, superchains: int | None 
     Parameters
     ----------
     invariants : Dataset, (chain, draw, ...)
-        Of a variable with more than `MOST_ENTRIES` entries, as many spread evenly over it are looked at.
+        Of a variable with more than `MOST_ENTRIES` entries, as many are looked at, the same ones every time.
     stats : Dataset, (chain, draw)
         With ``lp`` and ``log_q`` where the draws are independent ones from a density q.
     superchains : int, optional
@@ -112,13 +112,14 @@ def nested_rhat(draws: xr.Dataset, superchains: int) -> xr.Dataset:
 
 
 def _some_entries(variable: xr.DataArray) -> xr.DataArray:
-    """A variable (chain, draw, ...), or `MOST_ENTRIES` of its entries, (chain, draw, entry)."""
+    """A variable (chain, draw, ...), or `MOST_ENTRIES` of its entries, (chain, draw, one more)."""
     rest = [dim for dim in variable.dims if dim not in ("chain", "draw")]
     size = math.prod(variable.sizes[dim] for dim in rest)
     if size <= MOST_ENTRIES:
         return variable
-    flat = variable.variable.stack(entry=rest)
-    return xr.DataArray(flat[{"entry": np.linspace(0, size - 1, MOST_ENTRIES).astype(int)}])
+    entry = f"entry of {variable.name}"
+    chosen = np.sort(np.random.default_rng(0).choice(size, MOST_ENTRIES, replace=False))
+    return xr.DataArray(variable.variable.stack({entry: rest})[{entry: chosen}])
 
 
 def _extreme(found: xr.Dataset, choose) -> float:

@@ -63,3 +63,19 @@ def test_chains_that_never_left_their_start_are_reported(draws):
 def test_one_draw_of_many_chains_is_diagnosed():
     apart = diagnose(xr.Dataset({"x": (DRAW, chains(10.0, draws=1))}), xr.Dataset(), superchains=4)
     assert apart.values["max_nested_r_hat"] > 5.0 and apart.complaints
+
+
+def test_of_large_variables_some_entries_are_looked_at_whatever_their_axes_are_called():
+    rng = np.random.default_rng(0)
+    draws = xr.Dataset(
+        {
+            "wide": (("chain", "draw", "entry"), rng.normal(size=(4, 50, 1200))),
+            "narrow": (("entry", "chain", "draw"), rng.normal(size=(1200, 4, 50))),
+            "few": (("chain", "draw", "other"), rng.normal(size=(4, 50, 7))),
+        }
+    )
+    good = diagnose(draws, xr.Dataset())
+    assert good.values["max_r_hat"] < 1.2 and not np.isnan(good.values["min_bulk_ess"])
+    apart = draws.copy(deep=True)
+    apart["wide"].loc[{"chain": 0}] += 5.0
+    assert diagnose(apart, xr.Dataset()).values["max_r_hat"] > 1.5

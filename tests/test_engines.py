@@ -465,3 +465,22 @@ def test_collapsing_twice_is_collapsing_once():
     parameters = globals_given(MODEL, zoo.prior_draws(MODEL, recording, (2,)), recording)
     prior, readout = once.factors(parameters, recording)
     assert isinstance(prior, GaussMarkov) and isinstance(readout, AffineReadout)
+
+
+def test_a_start_is_climbed_to_once_and_cannot_be_spoilt(monkeypatch):
+    from pyrodyn.inference import engine
+
+    climbed, original = [], engine.ascend
+    monkeypatch.setattr(engine, "ascend", lambda *args: climbed.append(1) or original(*args))
+    row = zoo.row("LDS-Gaussian")
+    model, recording = models.LDS(2, readouts.Gaussian()), row.like().with_observations(row.recording.observations)
+    with engine.double_precision():
+        first = engine.starting_values(model, recording, 20, "test")
+        kept = {name: value.clone() for name, value in first.items()}
+        for value in first.values():
+            value.zero_()
+        again = engine.starting_values(model, recording, 20, "test")
+        assert len(climbed) == 1 and all(torch.equal(again[name], kept[name]) for name in kept)
+        engine.starting_values(model, recording, 21, "test")  # of other options, and of another model
+        engine.starting_values(models.LDS(2, readouts.Gaussian()), recording, 20, "test")
+    assert len(climbed) == 3

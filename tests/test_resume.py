@@ -224,7 +224,7 @@ row = test_resume.ROW
 tree = dyn.fit(row.model, row.recording, test_resume.LONGER, seed=4, checkpoint=sys.argv[2], checkpoint_every=0.0)
 dyn.save(tree, sys.argv[3])
 """
-LONGER = inference.NUTS(draws=10, warmup=10, chains=2, max_tree_depth=2)
+LONGER = inference.NUTS(draws=20, warmup=20, chains=2, max_tree_depth=3)
 
 
 def test_a_process_killed_by_the_system_resumes_in_another(tmp_path):

@@ -94,7 +94,8 @@ def starting_values(program: Program, recording: Recording, max_steps: int, labe
     """Values of the globals near the posterior mode; the model's own guess where the path does not collapse.
 
     Of a flow without noise, values of all sites, by way of the same flow with noise. They follow from model and
-    recording alone, and the next engine that asks for those of the same two objects gets them at once.
+    recording alone, neither of which changes, and the next engine that asks for those of the same two objects gets
+    them at once.
     """
     model = program.model if isinstance(program, Collapsed) else program
     if not isinstance(model, LatentModel):

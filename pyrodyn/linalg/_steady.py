@@ -10,7 +10,8 @@ size (time, latent, latent) is ever written.
 
 Arrays: blocks (element, 3, latent, latent), the diagonal blocks of the first bin, of those between, and of the last;
 upper (element, 1, latent, latent); root and link (element, slot, latent, latent), one slot for each distinct factor, at
-most one a bin, `used` says how many; columns, white and means (element, time, latent, column). At least two bins.
+most one a bin, `used` says how many; columns and white (element, time, latent, column); means (1, 2, latent, column),
+of two bins that follow each other. At least two bins.
 """
 
 from __future__ import annotations

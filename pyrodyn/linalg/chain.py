@@ -25,10 +25,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.function import once_differentiable
 
-from pyrodyn.linalg.matrix import broadcast_shapes, cholesky
+from pyrodyn.linalg.matrix import broadcast_shapes, cholesky, followed
 
 if TYPE_CHECKING:
     from pyrodyn.linalg.compiled import CompiledFactor
@@ -170,11 +169,10 @@ def _compiled() -> ModuleType | None:
 
 def _compiled_for(*tensors: Tensor) -> ModuleType | None:
     """The compiled kernels, where they can stand for operations on these tensors as far as nothing differentiates."""
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+    if followed(*tensors):
         return None  # a trace would record their result as a constant
-    for tensor in tensors:
-        if tensor.device.type != "cpu" or tensor.dtype != torch.float64 or unpack_dual(tensor).tangent is not None:
-            return None
+    if any(tensor.device.type != "cpu" or tensor.dtype != torch.float64 for tensor in tensors):
+        return None
     return _compiled()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.function import once_differentiable
 
 from pyrodyn.linalg._room import room
@@ -35,9 +36,16 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     made for; and where batches broadcast, torch copies the smaller one.
     """
     tracked = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
-    if tracked or left.device.type != "cpu" or not left.dtype == right.dtype == torch.float64:
+    if tracked or left.device.type != "cpu" or not left.dtype == right.dtype == torch.float64 or followed(left, right):
         return left @ right
     return torch.from_numpy(_by_parts(left.detach().numpy(), right.detach().numpy()))
+
+
+def followed(*tensors: Tensor) -> bool:
+    """Whether a trace is being recorded, or a tangent comes along."""
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return True
+    return any(unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 @np.errstate(all="ignore")  # infinities and NaN go on, as they do in torch

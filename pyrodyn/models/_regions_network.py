@@ -84,8 +84,8 @@ def _potential(sweep: RegionSweep, state: State, readout: AffineReadout) -> tupl
 def move_network(sweep: RegionSweep, state: State, adapt: bool) -> None:
     """The rows of every region in turn, edges and all, the path integrated out or moving with them.
 
-    What the potential leaves over of counts needs the path, and the rates of all units. It is asked only where the
-    rest of the ratio would accept: two chances to refuse in a row leave the same law as one.
+    What the potential leaves over of counts needs the path, and the rates of all units. It is not asked where the rest
+    of the ratio refuses for all chains: two chances to refuse in a row leave the same law as one.
 
     Reference: Christen & Fox, J. Comput. Graph. Stat. 14:795 (2005), on delayed acceptance.
     """
