@@ -40,7 +40,8 @@ $(INSTALLED): pyproject.toml constraints/py311.txt
 demo: $(INSTALLED)  ## fit real recordings under two engines and draw the results
 	$(BIN)/pyrodyn demo
 
-PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4
+# A process a core: a second thread of the linear algebra would only wait for its turn.
+PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4
 
 test: $(INSTALLED)  ## run the tests
 	$(PYTEST) --dist loadfile -m "not long"

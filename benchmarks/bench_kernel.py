@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ from pyrodyn.linalg import mode_log_normaliser
 from pyrodyn.readouts import AffineReadout, Gaussian, Poisson, Readout
 
 # Trials, bins, latents, units.
+MILLION, PIECE = (1, 1_000_000, 4, 10), 5000  # bins of the piece that is filtered in longer floats
 SIZES = ((1, 1000, 4, 30), (100, 100, 10, 100), (100, 500, 10, 100), (1, 100_000, 4, 30), (20, 1000, 40, 200))
 POISSON = (50, 100, 8, 60)
 RUNS, SECONDS, TURNS = 3, 0.3, 3  # as many runs a turn as fill the seconds, and no fewer than that
@@ -169,6 +171,34 @@ def modes(count: int) -> tuple[list[Tensor], Callable[[], Tensor]]:
     return potentials, score
 
 
+def longer(system: System, bins: int) -> float:
+    """Log likelihood of the first bins of the first trial by a Kalman filter in 80-bit floats, unit after unit."""
+    dynamics, process_noise, loading, offset, noise_sd = (p.detach().numpy().astype(np.longdouble) for p in
+                                                          system.parameters)  # fmt: skip
+    mean, spread = np.zeros(system.dim, np.longdouble), np.eye(system.dim, dtype=np.longdouble)
+    total = np.longdouble(0.0)
+    for t, seen in enumerate(system.values[0, :bins].numpy().astype(np.longdouble)):
+        if t:
+            mean, spread = dynamics @ mean, dynamics @ spread @ dynamics.T + process_noise
+        for row, value, base, sd in zip(loading, seen, offset, noise_sd, strict=True):
+            gain, apart = spread @ row, value - base - row @ mean
+            variance = row @ gain + sd**2
+            total -= 0.5 * (np.log(2.0 * np.longdouble(np.pi) * variance) + apart**2 / variance)
+            mean, spread = mean + gain * (apart / variance), spread - np.outer(gain, gain) / variance
+    return float(total)
+
+
+def million() -> dict[str, float]:
+    """Seconds and peak memory of a million bins, and how far a piece is from longer floats, in nats."""
+    system = System(MILLION, Gaussian())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _, median, _ = timed(lambda: value_and_gradient(system.pyrodyn, system.parameters))
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    system.values, system.bins = system.values[:, :PIECE].clone(), PIECE
+    error = abs(longer(system, PIECE) - float(system.pyrodyn().detach()))
+    return {"s": 1e-3 * median, "gb": after / 2**20, "more_gb": (after - before) / 2**20, "error": error}
+
+
 def grown(base: tuple[int, int, int, int], axis: int, values: tuple[int, ...]) -> list[float]:
     """Milliseconds as one of trials, bins, latents, units grows."""
     found = []
@@ -209,6 +239,7 @@ def cell(found: dict[str, float] | None, ours: float) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Time log likelihoods and their gradients.")
     parser.add_argument("--table", type=Path, help="write the table to this Markdown file")
+    parser.add_argument("--million", action="store_true", help="nothing but a million bins, as JSON")
     parser.add_argument("--picture", type=Path, help="draw how cost grows into this file")
     options = parser.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -216,6 +247,9 @@ def main() -> int:
     threadpool_limits(1)
     torch.set_default_dtype(torch.float64)
     pyro.enable_validation(False)
+    if options.million:
+        print(json.dumps(million()))
+        return 0
     lines = ["# Log likelihoods and gradients", "", f"Made by `{' '.join(['python', *sys.argv])}`.", ""]
 
     def say(text: str = "") -> None:
@@ -247,6 +281,16 @@ def main() -> int:
         bad += apart > 1e-8 or (jax is not None and abs(jax["value"] / value - 1.0) > 1e-2)
         cells = [text for _, median, _ in others for text in (f"{median:,.1f}", f"{median / ours:,.1f}x")]
         row([", ".join(map(str, size)), f"{ours:,.1f}", *cell(jax, ours), *(cells or ["-"] * 4), f"{apart:.0e}"])
+    # In a process of its own, whose memory is counted.
+    run = subprocess.run([sys.executable, __file__, "--million"], capture_output=True, text=True, check=True)
+    long = json.loads(run.stdout.splitlines()[-1])
+    bad += long["error"] > 1e-4
+    say()
+    say(
+        f"A million bins, {MILLION[2]} latents, {MILLION[3]} units: {long['s']:.2f} s, {long['gb']:.2f} GB at most in "
+        f"all, of which {long['more_gb']:.2f} GB for value and gradient; {PIECE} of the bins are {long['error']:.0e} "
+        "nats from a Kalman filter in 80-bit floats."
+    )
     say()
     say("## Hidden Markov model, 100 trials x 500 bins, value and gradient")
     say()
