@@ -17,9 +17,10 @@ from neural_sde_duffing import informed_target
 
 import pyrodyn as dyn
 from pyrodyn import drifts, models, readouts
+from pyrodyn.expectations import gauss_hermite
 from pyrodyn.inference._diffusion_fit import DiffusionFit, Schedule
 from pyrodyn.inference.engine import double_precision, random_stream, starting_values
-from pyrodyn.smoothing import bound, gauss_hermite, settled
+from pyrodyn.smoothing import bound, settled
 from pyrodyn.systems import System, duffing
 
 TRUTH = 0.2

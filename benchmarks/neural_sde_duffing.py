@@ -20,9 +20,10 @@ import pyrodyn as dyn
 from pyrodyn import drifts, inference, models, readouts
 from pyrodyn.diffusion import grid_of
 from pyrodyn.evaluation import find_fixed_points
+from pyrodyn.expectations import Diffusion, gauss_hermite
 from pyrodyn.posterior import parameters_of
 from pyrodyn.readouts import AffineReadout
-from pyrodyn.smoothing import Diffusion, Target, gauss_hermite, settled
+from pyrodyn.smoothing import Target, settled
 from pyrodyn.systems import System, duffing
 from pyrodyn.systems.fields import field
 

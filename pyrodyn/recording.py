@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyrodyn import _recording_checks as checks
 from pyrodyn import _recording_selection as selection
+from pyrodyn import _recording_values as contents
 from pyrodyn._recording_checks import Labels
 from pyrodyn.errors import RecordingError
 
@@ -176,7 +177,7 @@ class Recording:
         regions = labels("region", region, "unit", "name", "all")
         times, width = checks.time_axis(time, bin_width, sizes)
         named = unit is not None or region is not None
-        checks.warn_transposed(shape, flat=flat, units_named=named, time_named=time is not None)
+        contents.warn_transposed(shape, flat=flat, units_named=named, time_named=time is not None)
 
         if ragged is None:
             ragged = checks.length_array([shape[1]] * shape[0] if lengths is None else lengths, shape[0], shape[1])
@@ -187,13 +188,13 @@ class Recording:
         if missing == "mask":
             observed &= ~np.isnan(values)
         axes = (trial_ids, times, unit_ids)
-        checks.check_finite(values, observed, axes)
+        contents.check_finite(values, observed, axes)
         values[~observed] = 0.0
-        counts = checks.are_counts(values) if counts is None else bool(counts)
+        counts = contents.are_counts(values) if counts is None else bool(counts)
         if counts:
-            checks.check_counts(values, axes)
+            contents.check_counts(values, axes)
         if center is None or scale is None:
-            center_, scale_ = checks.measured(values, observed, counts, unit_ids)
+            center_, scale_ = contents.measured(values, observed, counts, unit_ids)
             center, scale = (center_ if center is None else center), (scale_ if scale is None else scale)
 
         data: dict[str, Any] = {"observations": (checks.AXES, values), "mask": (checks.AXES, observed)}
@@ -206,17 +207,17 @@ class Recording:
             "condition": ("trial", labels("condition", condition, "trial", "name", "all")),
             "split": ("trial", labels("split", split, "trial", "name", "all")),
             "length": ("trial", ragged),
-            "center": ("unit", checks.channel_vector("center", center, shape[2])),
-            "scale": ("unit", checks.channel_vector("scale", scale, shape[2])),
+            "center": ("unit", contents.channel_vector("center", center, shape[2])),
+            "scale": ("unit", contents.channel_vector("scale", scale, shape[2])),
         }
         if inputs is not None:
-            array, names, sds = checks.input_data(inputs, input_names, ragged, trial_ids, times)
+            array, names, sds = contents.input_data(inputs, input_names, ragged, trial_ids, times)
             data["inputs"] = (("trial", "time", "input"), array)
             coords |= {"input": names, "input_scale": ("input", sds)}
         elif input_names is not None:
             raise RecordingError("input_names is given without inputs")
         if behaviour is not None:
-            array, names = checks.behaviour_data(behaviour, behaviour_names, ragged, shape[1])
+            array, names = contents.behaviour_data(behaviour, behaviour_names, ragged, shape[1])
             data["behaviour"] = (("trial", "time", "behaviour"), array)
             # xarray keeps one name for one thing: `behaviour` is the variable, so its labels need another.
             coords["behaviour_name"] = ("behaviour", names)
@@ -235,7 +236,7 @@ class Recording:
         """
         if isinstance(dataset, xr.DataArray):
             dataset = dataset.to_dataset(name="observations").assign_attrs(dataset.attrs)
-        recording = cls.from_arrays(**checks.arguments(dataset))
+        recording = cls.from_arrays(**contents.arguments(dataset))
         # Both may have been measured on a recording of which this one is a part.
         kept = recording._dataset
         if "bin_width" in dataset.attrs:
@@ -474,10 +475,10 @@ class Recording:
         if values.shape != shape:
             raise RecordingError(f"observations has shape {values.shape}, expected (trial, time, unit) = {shape}")
         observed = self._observed
-        checks.check_finite(values, observed, (self.trial, self.time, self.unit))
+        contents.check_finite(values, observed, (self.trial, self.time, self.unit))
         values[~observed] = 0.0
         dataset = self._dataset.assign(observations=(checks.AXES, values))
-        return self._derive(dataset.assign_attrs(counts=int(self.counts and checks.are_counts(values))))
+        return self._derive(dataset.assign_attrs(counts=int(self.counts and contents.are_counts(values))))
 
     def blank(self) -> Recording:
         """The same recording without observations, for simulation; labels and mask are kept."""

@@ -20,7 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for layer in (
         "errors",
         "_files _hdf5_guard _manifest _recording_checks progress",
-        "_recording_selection",
+        "_recording_selection _recording_values",
         "recording",
         "checkpoint storage",
         "readers systems",
@@ -28,6 +28,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "distributions",
         "readouts networks integrators",
         "conditioning",
+        "expectations",
         "program shooting smoothing",
         "alignment drifts",
         "conditionals diffusion",
@@ -43,7 +44,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "plots",
         "report",
         "__init__",
-        "demo",
+        "demo _cli_files",
         "cli",
         "__main__",
     )

@@ -15,6 +15,7 @@ from pyrodyn import drifts, models, readouts, systems
 from pyrodyn.diffusion import grid_of
 from pyrodyn.distributions import EulerMaruyama
 from pyrodyn.errors import ModelError
+from pyrodyn.expectations import gauss_hermite
 from pyrodyn.inference import collapse
 from pyrodyn.inference._diffusion_fit import DiffusionFit, Schedule
 from pyrodyn.inference._profile import Profile
@@ -23,7 +24,7 @@ from pyrodyn.inference.natural import NaturalGradient
 from pyrodyn.models._anchor import anchor
 from pyrodyn.program import globals_given
 from pyrodyn.recording import Recording
-from pyrodyn.smoothing import climb, gauss_hermite
+from pyrodyn.smoothing import climb
 
 
 def small(trials: int = 3, bins: int = 20, readout: str = "gaussian", **more) -> Recording:

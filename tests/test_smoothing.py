@@ -14,22 +14,19 @@ from torch import Tensor
 from pyrodyn import drifts, readouts
 from pyrodyn.conditioning import path_evidence, path_given
 from pyrodyn.distributions import EulerMaruyama, GaussMarkov, varying_chain
-from pyrodyn.inference._weights import Weights, weight_statistics
-from pyrodyn.readouts import AffineReadout
-from pyrodyn.smoothing import (
+from pyrodyn.expectations import (
     Diffusion,
     Moments,
-    Target,
-    climb,
-    expand,
     expected_log_likelihood,
     expected_start,
     expected_steps,
     gauss_hermite,
     moments_of,
-    natural_gradient,
     step_volume,
 )
+from pyrodyn.inference._weights import Weights, weight_statistics
+from pyrodyn.readouts import AffineReadout
+from pyrodyn.smoothing import Target, climb, expand, natural_gradient
 
 RNG = torch.Generator()
 STEPS = torch.tensor([0.1, 0.05, 0.2, 0.1], dtype=torch.float64)

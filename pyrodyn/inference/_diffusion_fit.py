@@ -15,6 +15,7 @@ from pyrodyn.checkpoint import StateStore
 from pyrodyn.diffusion import DiffusionModel
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.errors import NonFiniteError
+from pyrodyn.expectations import Moments, gauss_hermite, moments_of
 from pyrodyn.inference._profile import Profile, WeightPrior
 from pyrodyn.inference._weights import Weights, WeightStatistics, weight_statistics
 from pyrodyn.inference.density import LogDensity
@@ -22,20 +23,7 @@ from pyrodyn.inference.mode import ascend
 from pyrodyn.program import globals_given
 from pyrodyn.progress import progress
 from pyrodyn.recording import Recording
-from pyrodyn.smoothing import (
-    Climb,
-    Moments,
-    Target,
-    bound,
-    chosen,
-    climb,
-    expand,
-    first_law,
-    gauss_hermite,
-    judged,
-    moments_of,
-    stepped,
-)
+from pyrodyn.smoothing import Climb, Target, bound, chosen, climb, expand, first_law, judged, stepped
 
 FIRST_STEPS = 20  # careful ones of the first path, where the observations are not Gaussian
 INNER = 10  # steps of L-BFGS of the other globals in one round

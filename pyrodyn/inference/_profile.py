@@ -20,22 +20,13 @@ import torch
 from torch import Tensor
 
 from pyrodyn.diffusion import DiffusionModel
+from pyrodyn.expectations import Diffusion, Moments, Rule, expected_start, expected_steps, step_volume
 from pyrodyn.inference._weights import WeightStatistics
 from pyrodyn.inference.density import LogDensity
 from pyrodyn.linalg import log_normaliser
 from pyrodyn.program import globals_given
 from pyrodyn.recording import Recording
-from pyrodyn.smoothing import (
-    Diffusion,
-    Moments,
-    Potential,
-    Rule,
-    expected_start,
-    expected_steps,
-    natural_gradient,
-    observed_potential,
-    step_volume,
-)
+from pyrodyn.smoothing import Potential, natural_gradient, observed_potential
 
 
 class _Density:

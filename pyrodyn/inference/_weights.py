@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyrodyn.expectations import CHUNK_NUMBERS, Moments, Rule
 from pyrodyn.linalg.matrix import cholesky
-from pyrodyn.smoothing import CHUNK_NUMBERS, Moments, Rule
 
 
 class Weights(NamedTuple):

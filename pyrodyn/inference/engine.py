@@ -100,28 +100,24 @@ def starting_values(program: Program, recording: Recording, max_steps: int, labe
     model = program.model if isinstance(program, Collapsed) else program
     if not isinstance(model, LatentModel):
         return {}
-    if not isinstance(recording, Recording):  # several sessions
-        return _starting_values(program, model, recording, max_steps, label)
     known = _STARTS.setdefault(recording, [])
     for other, steps, values in known:
         if other is model and steps == max_steps:
             return {name: value.clone() for name, value in values.items()}
-    found = _starting_values(program, model, recording, max_steps, label)
+    found = _climbed(model, recording, max_steps, label)
     known.append((model, max_steps, {name: value.clone() for name, value in found.items()}))
     del known[:-MOST_STARTS]
     return found
 
 
-def _starting_values(
-    program: Program, model: LatentModel, recording: Recording, max_steps: int, label: str
-) -> dict[str, Tensor]:
+def _climbed(model: LatentModel, recording: Recording, max_steps: int, label: str) -> dict[str, Tensor]:
     if isinstance(model, NoiselessFlow) and max_steps:
-        linear = starting_values(model.relative().linear_relative(), recording, max_steps, label)
+        linear = _climbed(model.relative().linear_relative(), recording, max_steps, label)
         return flow_start(model, recording, linear, max_steps, label)
     values = model.initial_values(recording)
-    if max_steps == 0 or not collapses(program, recording):
+    if max_steps == 0 or not collapses(model, recording):
         return values
-    density = LogDensity(collapse(program), recording)
+    density = LogDensity(collapse(model), recording)
     return density.constrain(ascend(density, density.unconstrain(values), max_steps, label, NEAR)[0])
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyrodyn.drifts import MLP, Drift
 from pyrodyn.errors import ModelError, SolverError
+from pyrodyn.expectations import gauss_hermite
 from pyrodyn.integrators import FixedStep, Integrator
 from pyrodyn.linalg.matrix import broadcast_shapes
 from pyrodyn.models._flow import INITIAL_SD, FlowModel, FlowParameters
@@ -22,7 +23,7 @@ from pyrodyn.program import OBSERVATION_DIMS, Labelled, TrialModel
 from pyrodyn.readouts import AffineReadout
 from pyrodyn.recording import Recording
 from pyrodyn.shooting import shoot
-from pyrodyn.smoothing import gauss_hermite, settled
+from pyrodyn.smoothing import settled
 
 SLACK = 0.3  # noise of the path that finds where a trial starts, sd in a ``time_constant``
 INITIAL_DIMS: Any = {"event_dims": ("latent",)}

@@ -16,6 +16,7 @@ from pyrodyn.diffusion import DiffusionModel, Grid, grid_of
 from pyrodyn.distributions import EulerMaruyama
 from pyrodyn.drifts import DriftParameters
 from pyrodyn.errors import ModelError
+from pyrodyn.expectations import Diffusion, gauss_hermite
 from pyrodyn.linalg.matrix import below_diagonal, precision_of, strictly_lower
 from pyrodyn.models._anchor import anchor
 from pyrodyn.models._flow import INITIAL_SD, FlowModel, FlowParameters
@@ -23,7 +24,7 @@ from pyrodyn.models.linear_sde import LinearSDE
 from pyrodyn.program import Labelled, draws_of, globals_given
 from pyrodyn.readouts import AffineReadout
 from pyrodyn.recording import Recording
-from pyrodyn.smoothing import Diffusion, Target, gauss_hermite, settled
+from pyrodyn.smoothing import Target, settled
 
 LOCAL_NODES = 2  # of the quadrature in each dimension, where the path alone is inferred
 FIRST_STEPS, LATER_STEPS = 20, 3  # natural steps of the first draw's path, and of the others'
