@@ -106,7 +106,7 @@ def test_drawn_sources_come_as_often_as_they_should(sources, monkeypatch):
     present, total = torch.zeros(chains, sources, dtype=torch.bool), torch.zeros(sources, dtype=torch.float64)
     with random_stream(2):
         for sweep in range(30):
-            coefficients, present = sets.draw(gram, cross, mean, precision, probabilities(sources), present)
+            coefficients, present = SourceLaw(sets, gram, cross, mean, precision, probabilities(sources)).draw(present)
             if sweep >= 10:
                 total += present.double().mean(0)
     np.testing.assert_allclose(total / 20, expected, atol=0.04)

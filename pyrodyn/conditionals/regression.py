@@ -41,39 +41,6 @@ class SourceSets:
         self.owner = torch.cat([*owner, torch.zeros(0, dtype=torch.long)])
         self.sets = torch.tensor(list(product((False, True), repeat=min(self.count, ENUMERATED))))
 
-    def draw(
-        self, gram: Tensor, cross: Tensor, mean: Tensor, precision: Tensor, probability: Tensor, present: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Coefficients and sources anew.
-
-        Parameters
-        ----------
-        gram : Tensor, (chain, regressor, regressor)
-            Z'Z.
-        cross : Tensor, (chain, regressor, latent)
-            Z'X.
-        mean : Tensor, (regressor, latent) or (chain, regressor, latent)
-            Of the prior; zero for what belongs to a source.
-        precision : Tensor, (chain, regressor)
-            Of the prior, the same for all latents of the target.
-        probability : Tensor, (source) or (chain, source)
-            Of the prior.
-        present : Tensor of bool, (chain, source)
-            The sources now.
-
-        Returns
-        -------
-        coefficients : Tensor, (chain, regressor, latent), exactly zero for absent sources
-        present : Tensor of bool, (chain, source)
-        """
-        law = SourceLaw(self, gram, cross, mean, precision, probability)
-        if self.count > ENUMERATED:
-            for source in torch.randperm(self.count).tolist():
-                present = law.choose(self.candidates(present, source))
-        elif self.count:
-            present = law.choose(self.candidates(present, None))
-        return law.coefficients(present), present
-
     def candidates(self, present: Tensor, source: int | None) -> Tensor:
         """Sets to choose from, (chain, set, source): all of them, or ``present`` without and with one source."""
         if source is None:
@@ -84,7 +51,22 @@ class SourceSets:
 
 
 class SourceLaw:
-    """The joint law of sources and coefficients of one target, for given sufficient statistics; see `SourceSets`."""
+    """The joint law of sources and coefficients of one target, for given sufficient statistics; see `SourceSets`.
+
+    Parameters
+    ----------
+    sets : SourceSets
+    gram : Tensor, (chain, regressor, regressor)
+        Z'Z.
+    cross : Tensor, (chain, regressor, latent)
+        Z'X.
+    mean : Tensor, (regressor, latent) or (chain, regressor, latent)
+        Of the prior; zero for what belongs to a source.
+    precision : Tensor, (chain, regressor)
+        Of the prior, the same for all latents of the target.
+    probability : Tensor, (source) or (chain, source)
+        Of the prior.
+    """
 
     def __init__(
         self, sets: SourceSets, gram: Tensor, cross: Tensor, mean: Tensor, precision: Tensor, probability: Tensor
@@ -101,6 +83,18 @@ class SourceLaw:
         self.schur = whole[:, e[:, None], e] - self.side.mT @ self.side
         self.rest = pull[:, e] - self.side.mT @ self.own
         self.precision = precision[:, e]
+
+    def draw(self, present: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients (chain, regressor, latent), exactly zero for absent sources, and sources (chain, source).
+
+        All sets are asked, or one source after the other, beginning with those that are ``present``.
+        """
+        if self.sets.count > ENUMERATED:
+            for source in torch.randperm(self.sets.count).tolist():
+                present = self.choose(self.sets.candidates(present, source))
+        elif self.sets.count:
+            present = self.choose(self.sets.candidates(present, None))
+        return self.coefficients(present), present
 
     def choose(self, candidates: Tensor) -> Tensor:
         """One of several sets (chain, set, source), by its probability."""

@@ -5,9 +5,8 @@ integrated out under its reference, the log likelihood of all dynamics,
 
 .. math:: \log Z(a) \approx \log Z(a_0) + g^\top (a - a_0) - \tfrac12 (a - a_0)^\top H (a - a_0),
 
-is nearly quadratic; together with a spike-and-slab prior the quadratic is a target whose conditionals, edges included,
-are drawn exactly. A there-and-back run over all regions leaves it invariant and reversible, and so serves as one
-proposal for the whole network, to be accepted by the ratio of the true density to the surrogate's.
+is nearly quadratic where it is expanded; with a spike-and-slab prior the quadratic's conditionals, edges included, are
+drawn exactly. Chains propose with its curvature and the exact slope where they are.
 """
 
 from __future__ import annotations
@@ -48,102 +47,90 @@ class Quadratic(NamedTuple):
         return cls(centre, base.squeeze(1), (vectors * values.clamp(min=0.0).unsqueeze(-2)) @ vectors.mT)
 
 
-class NetworkProposal:
-    """There-and-back Gibbs runs over the regions under a `Quadratic` and the prior.
+class Step(NamedTuple):
+    """How a network was proposed."""
+
+    log_density: Tensor  # (chain)
+    source: Tensor | int | None = None  # the edge in question, of each chain or of all; None where all sets were
+
+
+class Rows:
+    """Proposals that draw some entries anew, edges among them, from where a network is, under its slope there.
 
     The prior comes with every call: its scales and probabilities may differ between chains.
     """
 
-    def __init__(self, prior: NetworkPrior) -> None:
-        layout = prior.layout
-        self.prior, self.blocks = prior, []
-        row_region = layout.group[layout.rows]
-        for r in range(layout.num_regions):
-            entries = (row_region == r).nonzero().squeeze(-1)
-            which = [i for i in prior.uncertain if layout.edges[i][0] == r]
-            edge = layout.edge[entries]
-            columns = [(edge == i).nonzero().squeeze(-1) for i in which]
-            always = ~torch.isin(edge, torch.tensor(which, dtype=edge.dtype))
-            sets = SourceSets(columns, always.nonzero().squeeze(-1))
-            self.blocks.append((entries, sets, which))
-        common = (row_region < 0).nonzero().squeeze(-1)
-        if len(common):
-            self.blocks.append((common, SourceSets([], torch.arange(len(common))), []))
+    def __init__(self, prior: NetworkPrior, entries: Tensor, which: list[int]) -> None:
+        self.prior, self.entries, self.which = prior, entries, which
+        edge = prior.layout.edge[entries]
+        columns = [(edge == i).nonzero().squeeze(-1) for i in which]
+        always = ~torch.isin(edge, torch.tensor(which, dtype=edge.dtype))
+        self.sets = SourceSets(columns, always.nonzero().squeeze(-1))
 
-    def draw(self, quadratic: Quadratic, vector: Tensor, prior: NetworkPrior) -> Tensor:
-        """Another network (chain, entry)."""
-        vector, (centre, slope, information) = vector.clone(), quadratic
-        present = self.prior.present(vector)
-        order = torch.randperm(len(self.blocks)).tolist()
-        for block in [*order, *reversed(order[:-1])]:
-            entries, sets, which = self.blocks[block]
-            gram = information[:, entries[:, None], entries]
-            pull = slope[:, entries] - (information[:, entries] @ (vector - centre).unsqueeze(-1)).squeeze(-1)
-            pull = pull + (gram @ vector[:, entries].unsqueeze(-1)).squeeze(-1)
-            coefficients, present[:, which] = sets.draw(
-                gram,
-                pull.unsqueeze(-1),
-                self.prior.mean_entry[entries].unsqueeze(-1),
-                prior.weight[:, entries].expand(len(vector), -1),
-                prior.probability[..., which],
-                present[:, which],
-            )
-            vector[:, entries] = coefficients.squeeze(-1)
-        return vector
-
-    def step(
-        self, block: int, vector: Tensor, slope: Tensor, information: Tensor, prior: NetworkPrior
-    ) -> tuple[Tensor, Step]:
-        """Networks (chain, entry) with one region's rows anew, from the slope where they are."""
-        entries, sets, which = self.blocks[block]
-        present = self.prior.present(vector)[:, which]
-        source = int(torch.randint(sets.count, ())) if sets.count > ENUMERATED else None
-        law = self._law(block, vector, slope, information, prior)
+    def step(self, vector: Tensor, slope: Tensor, information: Tensor, prior: NetworkPrior) -> tuple[Tensor, Step]:
+        """Networks (chain, entry) with these entries anew, from the slope where they are."""
+        present = self.prior.present(vector)[:, self.which]
+        source = int(torch.randint(self.sets.count, ())) if self.sets.count > ENUMERATED else None
+        law = self._law(vector, slope, information, prior)
         log_density = torch.zeros(len(vector), dtype=vector.dtype)
-        if sets.count:
-            candidates = sets.candidates(present, source)
+        if self.sets.count:
+            candidates = self.sets.candidates(present, source)
             present = law.choose(candidates)
             log_density = _of_set(law.log_probabilities(candidates), candidates, present)
         coefficients = law.coefficients(present)
         log_density = log_density + law.log_density(coefficients, present)
         moved = vector.clone()
-        moved[:, entries] = coefficients.squeeze(-1)
+        moved[:, self.entries] = coefficients.squeeze(-1)
         return moved, Step(log_density, source)
 
     def log_density(
-        self,
-        block: int,
-        vector: Tensor,
-        slope: Tensor,
-        information: Tensor,
-        prior: NetworkPrior,
-        target: Tensor,
-        step: Step,
+        self, vector: Tensor, slope: Tensor, information: Tensor, prior: NetworkPrior, target: Tensor, step: Step
     ) -> Tensor:
         """Log density of a step of the same kind from ``vector`` to ``target``, (chain)."""
-        entries, sets, which = self.blocks[block]
-        law = self._law(block, vector, slope, information, prior)
-        present = self.prior.present(target)[:, which]
-        found = law.log_density(target[:, entries].unsqueeze(-1), present)
-        if sets.count:
-            candidates = sets.candidates(present, step.source)
+        law = self._law(vector, slope, information, prior)
+        present = self.prior.present(target)[:, self.which]
+        found = law.log_density(target[:, self.entries].unsqueeze(-1), present)
+        if self.sets.count:
+            assert step.source is None or isinstance(step.source, int)
+            candidates = self.sets.candidates(present, step.source)
             found = found + _of_set(law.log_probabilities(candidates), candidates, present)
         return found
 
-    def _law(self, block: int, vector: Tensor, slope: Tensor, information: Tensor, prior: NetworkPrior) -> SourceLaw:
-        entries, sets, which = self.blocks[block]
+    def _law(self, vector: Tensor, slope: Tensor, information: Tensor, prior: NetworkPrior) -> SourceLaw:
+        gram = information[:, self.entries[:, None], self.entries]
+        pull = slope[:, self.entries].unsqueeze(-1) + gram @ vector[:, self.entries].unsqueeze(-1)
+        return self.law(gram, pull, prior)
+
+    def law(self, gram: Tensor, pull: Tensor, prior: NetworkPrior) -> SourceLaw:
+        """Of the entries under a quadratic whose curvature and linear part are given."""
+        mean = self.prior.mean_entry[self.entries].unsqueeze(-1)
+        weight = prior.weight[:, self.entries].expand(len(gram), -1)
+        return SourceLaw(self.sets, gram, pull, mean, weight, prior.probability[..., self.which])
+
+
+def blocks(prior: NetworkPrior) -> list[Rows]:
+    """The rows of each region, and what leaves the common latents, whose scale all regions tell of together."""
+    layout = prior.layout
+    found = []
+    for r in range(layout.num_regions):
+        which = [i for i in prior.uncertain if layout.edges[i][0] == r]
+        found.append(Rows(prior, (layout.group[layout.rows] == r).nonzero().squeeze(-1), which))
+    common = (layout.group[layout.columns] < 0).nonzero().squeeze(-1)
+    return [*found, Rows(prior, common, [])] if len(common) else found
+
+
+def drawn(rows: list[Rows], quadratic: Quadratic, vector: Tensor, prior: NetworkPrior) -> Tensor:
+    """Another network (chain, entry), by a there-and-back Gibbs run over all blocks under a quadratic and the prior."""
+    vector, (centre, slope, information) = vector.clone(), quadratic
+    order = torch.randperm(len(rows)).tolist()
+    for block in [rows[i] for i in (*order, *reversed(order[:-1]))]:
+        entries = block.entries
         gram = information[:, entries[:, None], entries]
-        pull = slope[:, entries].unsqueeze(-1) + gram @ vector[:, entries].unsqueeze(-1)
-        mean = self.prior.mean_entry[entries].unsqueeze(-1)
-        weight = prior.weight[:, entries].expand(len(vector), -1)
-        return SourceLaw(sets, gram, pull, mean, weight, prior.probability[..., which])
-
-
-class Step(NamedTuple):
-    """How a region's rows were proposed."""
-
-    log_density: Tensor  # (chain)
-    source: int | None  # the one source in question, where there are too many for all sets
+        pull = slope[:, entries] - (information[:, entries] @ (vector - centre).unsqueeze(-1)).squeeze(-1)
+        pull = pull + (gram @ vector[:, entries].unsqueeze(-1)).squeeze(-1)
+        coefficients, _ = block.law(gram, pull.unsqueeze(-1), prior).draw(block.prior.present(vector)[:, block.which])
+        vector[:, entries] = coefficients.squeeze(-1)
+    return vector
 
 
 def _of_set(log_probabilities: Tensor, candidates: Tensor, present: Tensor) -> Tensor:

@@ -33,7 +33,10 @@ BINS_A_BUMP, MOST_BUMPS = 5, 40  # hat functions where their number is not given
 COURSE_SD = 0.5  # of what enters from a course of the trial's time that regions share, beside innovations of one
 INNOVATION_SD = 0.5  # of the loadings of shared innovations, beside private ones of one
 OWN_SD = 0.4  # of a region's own block: singular values about this wide about the persistence
-COMMON_SD = 0.25  # of what enters from global latents and the level, beside innovations of one
+COMMON_SD = 0.25  # of what enters from global latents, beside innovations of one
+# Of what enters from the level of a trial, which is about four: regions remember twenty to fifty bins, so that their
+# shift has about the spread that they have within a trial.
+LEVEL_SD = 0.03
 LARGEST = 0.97  # spectral radius at the start
 SLOW, SLOW_SD = 0.95, 0.05  # persistence of a global latent
 
@@ -226,6 +229,8 @@ def entry_prior(
     sd[held] = OWN_SD / dims[group[rows[held]]].sqrt()
     slow = own & (group[rows] < 0)
     mean[slow], sd[slow] = SLOW, SLOW_SD
+    if layout.level:
+        sd[(columns == layout.size - 1) & (group[rows] >= 0)] = LEVEL_SD
     held = layout.edge >= 0
     target, source = group[rows[held]], group[columns[held]]
     scale = coupling_scale * torch.tensor([edge.scale for edge in edges], dtype=torch.float64)[layout.edge[held]]

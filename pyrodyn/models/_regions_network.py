@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from pyrodyn.conditionals.edges import EdgeToggle
 from pyrodyn.conditionals.paths import Leftover, factors
-from pyrodyn.conditionals.surrogate import BATCH_NUMBERS, Quadratic
+from pyrodyn.conditionals.surrogate import BATCH_NUMBERS, Quadratic, Rows, drawn
 from pyrodyn.conditioning import gaussian_potential
 from pyrodyn.distributions.network import log_stability
 from pyrodyn.readouts import AffineReadout
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pyrodyn.models._regions_sweep import RegionSweep, State
 
 
+TOGGLES = 4  # edges proposed to come or go in a sweep, beside the sets of sources of every region
 SCATTER = 5  # runs under the surrogate that make a chain's first network
 ACCEPTED = 0.4  # of the moves of the network, to which their caution adapts
 _LOG_ROOT = 0.5 * math.log(2.0 * math.pi)
@@ -45,9 +47,9 @@ def scatter(sweep: RegionSweep, state: State, quadratic: Quadratic) -> None:
     """Every chain from a network of its own: a draw under the surrogate, or where that is unstable, the first."""
     vector = sweep.layout.vector(state["dynamics"])
     for _ in range(SCATTER):
-        drawn = sweep.proposal.draw(quadratic, vector, sweep.prior(state))
-        stable = torch.isfinite(log_stability(sweep.layout.matrix(drawn), sweep.layout))
-        vector = torch.where(stable.unsqueeze(-1), drawn, vector)
+        found = drawn(sweep.rows, quadratic, vector, sweep.prior(state))
+        stable = torch.isfinite(log_stability(sweep.layout.matrix(found), sweep.layout))
+        vector = torch.where(stable.unsqueeze(-1), found, vector)
     state["information"] = quadratic.information.clone()
     state["dynamics"] = sweep.layout.matrix(vector)
 
@@ -82,7 +84,7 @@ def _potential(sweep: RegionSweep, state: State, readout: AffineReadout) -> tupl
 
 
 def move_network(sweep: RegionSweep, state: State, adapt: bool) -> None:
-    """The rows of every region in turn, edges and all, the path integrated out or moving with them.
+    """Rows of every region and single edges, in a random order, the path integrated out or moving with them.
 
     What the potential leaves over of counts needs the path, and the rates of all units. It is not asked where the rest
     of the ratio refuses for all chains: two chances to refuse in a row leave the same law as one.
@@ -95,11 +97,15 @@ def move_network(sweep: RegionSweep, state: State, adapt: bool) -> None:
     information, prior = state["caution"][:, None, None] * state["information"], sweep.prior(state)
     here, near = _scored(sweep, state, parameters, potential, sweep.layout.vector(state["dynamics"]))
     along = None if sweep.model.readout.is_gaussian else _Along(readout, sweep, state, potential, near)
-    rates = []
-    for block in torch.randperm(len(sweep.proposal.blocks)).tolist():
-        vector, ahead = sweep.proposal.step(block, here.vector, here.slope, information, prior)
+    # A toggle is worth its chance where the quadratic is right; caution would have it ask for less than that.
+    moves: list[tuple[Rows | EdgeToggle, Tensor]] = [(rows, information) for rows in sweep.rows]
+    moves += [(sweep.toggle, state["information"])] * (TOGGLES if sweep.slab.uncertain else 0)
+    rates: dict[bool, list[Tensor]] = {False: [], True: []}
+    for i in torch.randperm(len(moves)).tolist():
+        move, curvature = moves[i]
+        vector, ahead = move.step(here.vector, here.slope, curvature, prior)
         there, near = _scored(sweep, state, parameters, potential, vector)
-        behind = sweep.proposal.log_density(block, there.vector, there.slope, information, prior, here.vector, ahead)
+        behind = move.log_density(there.vector, there.slope, curvature, prior, here.vector, ahead)
         acceptance = _probability(there.value + behind - here.value - ahead.log_density)
         # Signs of common latents are held to one half of the space, on which the step stays reversible.
         acceptance = torch.where((_signs(sweep, state, there) == _signs(sweep, state, here)).all(-1), acceptance, 0.0)
@@ -107,8 +113,10 @@ def move_network(sweep: RegionSweep, state: State, adapt: bool) -> None:
         if along is not None:
             accepted, acceptance = along.move(near, accepted)
         here = there.where(accepted, here)
-        rates.append(acceptance)
-    state["network_acceptance"] = torch.stack(rates).mean(0)
+        rates[move is sweep.toggle].append(acceptance)
+    state["network_acceptance"] = torch.stack(rates[False]).mean(0)
+    if rates[True]:
+        state["edge_acceptance"] = torch.stack(rates[True]).mean(0)
     if adapt:
         rise = (0.3 * (ACCEPTED - state["network_acceptance"])).exp()
         state["caution"] = (state["caution"] * rise).clamp(1.0, 30.0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyrodyn.conditionals.regression import SourceSets
+from pyrodyn.conditionals.regression import SourceLaw, SourceSets
 from pyrodyn.distributions.network import log_stability
 from pyrodyn.models._regions import COURSE_SD, INNOVATION_SD
 
@@ -38,7 +38,7 @@ def place_regressors(sweep: RegionSweep) -> None:
     sweep.targets = []
     for r, place in enumerate(layout.places):
         own = torch.arange(place.start, place.stop)
-        which = [i for i in sweep.proposal.prior.uncertain if layout.edges[i][0] == r]
+        which = [i for i in sweep.slab.uncertain if layout.edges[i][0] == r]
         certain = [i for i, (target, _) in enumerate(layout.edges) if target == r and i not in which]
         columns = {i: torch.arange(size)[layout.places[layout.edges[i][1]]] for i in (*which, *certain)}
         always = torch.cat([own, *(columns[i] for i in certain), extra])
@@ -88,7 +88,8 @@ def draw_rows(sweep: RegionSweep, state: State) -> None:
             mean = mean.repeat(chains, 1, 1)
             mean[:, sweep.locked] = (state["course_weight"][:, place] @ state["course"]).mT
         present = presence[:, r][:, [layout.edges[i][1] for i in which]]
-        new[..., place], _ = sets.draw(gram, cross[..., place], mean, precision, prior.probability[..., which], present)
+        law = SourceLaw(sets, gram, cross[..., place], mean, precision, prior.probability[..., which])
+        new[..., place], _ = law.draw(present)
     dynamics = state["dynamics"].clone()
     dynamics[:, :regional] = new[:, : layout.size].mT
     for i in range(regional, regional + layout.num_globals):

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pyrodyn.conditionals.edges import EdgeToggle
 from pyrodyn.conditionals.paths import LEAST_CURVATURE, Reference, factors, gaussian_path, settled, turned_path
 from pyrodyn.conditionals.regression import SourceSets
-from pyrodyn.conditionals.surrogate import NetworkProposal, Quadratic
+from pyrodyn.conditionals.surrogate import Quadratic, blocks
 from pyrodyn.conditionals.units import UnitMoves
 from pyrodyn.conditioning import gaussian_potential
 from pyrodyn.distributions import GaussMarkov, HorseshoeNetwork, NetworkPrior
@@ -78,7 +79,8 @@ class RegionSweep:
         windows = [(units, place) for (_, _, units), place in zip(self.regions, self.layout.places, strict=True)]
         self.units = UnitMoves(self.readout, windows, self.offset_prior, self.noisy, self.noise_prior, recording.mask)
         self.bumps = model.num_bumps(recording)
-        self.proposal = NetworkProposal(self.law.slab if isinstance(self.law, HorseshoeNetwork) else self.law)
+        self.slab = self.law.slab if isinstance(self.law, HorseshoeNetwork) else self.law
+        self.rows, self.toggle = blocks(self.slab), EdgeToggle(self.slab)
         place_regressors(self)
 
     # ------------------------------------------------------------------------------------------ start and end
