@@ -71,8 +71,9 @@ class MultiRegionLDS(StateSpaceModel):
 
     **Priors.** Entries of :math:`A_{rr}` are normal about ``persistence`` times the identity; a block
     :math:`A_{rs}` has a Frobenius norm of ``coupling_scale`` (root mean square, divided by the root of the expected
-    number of sources of r, and times the scale of its edge); edges are there with their prior probability; and the
-    whole is stable (see `NetworkPrior`). The scales of signals, initial states and time-locked inputs are learned.
+    number of sources of r, and times the scale of its edge); edges are there with their prior probability; what enters
+    from a global latent has a standard deviation of .25, from the level .03; and the whole is stable (see
+    `NetworkPrior`). The scales of signals, initial states and time-locked inputs are learned.
 
     Parameters
     ----------
