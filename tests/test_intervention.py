@@ -271,3 +271,24 @@ def test_interventions_need_a_linear_step_and_the_posteriors_units():
         plots.plot_intervention(xr.Dataset())
     with pytest.raises(CouplingError, match="fitted with LDS.*MultiRegionLDS"):
         dyn.intervene(other, like, silence="A")
+
+
+def test_draws_in_which_silence_lets_others_grow_are_counted_and_do_not_carry_the_prediction_away():
+    """A excites itself and B holds it in check: without B it grows."""
+    model = models.MultiRegionLDS({"A": 1, "B": 1, "C": 1}, global_dim=0, trial_level=False, time_bumps=0)
+    like = blank(trials=2, bins=40)
+    dynamics = np.diag([1.2, 0.2, 0.5])
+    dynamics[0, 1], dynamics[1, 0] = -0.8, 0.6
+    assert abs(np.linalg.eigvals(dynamics)).max() < 1.0
+    tree, truth, recording = known(model, like)
+    draws = truth.drop_vars("path").expand_dims({"chain": 1, "draw": 5}).copy(deep=True)
+    draws["dynamics"][:, :] = np.diag([0.5, 0.5, 0.5])
+    draws["dynamics"][0, 3] = dynamics
+    tree["posterior"] = xr.DataTree(draws)
+    with pytest.warns(dyn.FitWarning, match="in 20% of the draws activity grows without bound"):
+        found = dyn.intervene(tree, recording, silence="B")
+    assert found.attrs["unstable_share"] == pytest.approx(0.2)
+    own = found.isel(unit=[0, 1, 2])
+    assert float(own["region_expected"].max()) > 1e2 * float(own["region_factual"].max())
+    assert float(own["expected"].max()) < 10.0 * float(own["factual"].max())
+    assert dyn.intervene(tree, recording, silence="A").attrs["unstable_share"] == 0.0

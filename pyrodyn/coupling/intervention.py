@@ -14,6 +14,8 @@ outside and reach the other regions also while one of them is silent.
 from __future__ import annotations
 
 import json
+import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -30,10 +32,13 @@ from pyrodyn.fitting import INTERVAL, same_units
 from pyrodyn.inference import collapse
 from pyrodyn.inference.engine import double_precision, random_stream
 from pyrodyn.linalg.recursion import follow, spread
-from pyrodyn.posterior import model_of, parameters_of, recording_of, trial_batches
+from pyrodyn.linalg.stationary import spectral_radius
+from pyrodyn.posterior import FitWarning, model_of, parameters_of, recording_of, trial_batches
 from pyrodyn.program import StateSpaceModel
 from pyrodyn.readouts import AffineReadout
 from pyrodyn.recording import Recording
+
+GROWN = 10.0  # times as much activity as there was is called unstable
 
 Silence = str | Sequence[str] | Mapping[str, Any]
 
@@ -54,6 +59,12 @@ class Surgery(NamedTuple):
 
     def dynamics(self, matrix: Tensor) -> Tensor:
         return torch.where(self.cut, 0.0, matrix)
+
+    def unstable(self, matrix: Tensor) -> Tensor:
+        """Whether activity under dynamics (*draw, latent, latent) grows more than `GROWN` while all silences hold."""
+        silent, bins = self.held.any(0), self.held.any(1)
+        lasting = int(bins.sum()) if bool(silent.any()) and not bool(self.cut.any()) else len(bins)
+        return lasting * spectral_radius(torch.where(silent, 0.0, self.dynamics(matrix))).log() > math.log(GROWN)
 
 
 def intervene(
@@ -97,7 +108,13 @@ def intervene(
         - ``region_expected`` and ``region_factual`` (path_draw, time, target): means over trials and the units of a
           region, draw by draw.
 
-        Attributes: ``silence`` and ``cut``, as JSON, ``innovations``, ``path_treatment``.
+        Attributes: ``silence`` and ``cut``, as JSON, ``innovations``, ``path_treatment``, and ``unstable_share``: in
+        this share of the draws activity grows more than tenfold while the intervention lasts.
+
+    Warns
+    -----
+    FitWarning
+        Where ``unstable_share`` is not zero.
 
     Raises
     ------
@@ -110,6 +127,9 @@ def intervene(
     -----
     The state of silence is the latents' zero, about which the model is written: its rates are those of the offset. A
     baseline that should count as activity lost is not seen as lost by the other regions.
+
+    The prior holds the whole system stable, and not what is left of it: a region may be what keeps others in check.
+    Draws that say so count as any others, but they would carry a mean away, so that point values are medians.
 
     References
     ----------
@@ -134,6 +154,7 @@ def intervene(
     with random_stream(seed), torch.no_grad(), double_precision():
         for part in trial_batches(recording, 2 * draws):
             transition = model.transition(parameters, part)
+            unstable = float(surgery.unstable(transition.dynamics).double().mean())
             if inferred:
                 path = collapse(model).path_posterior(parameters, part).sample()
                 both = [path, replay(transition, path, surgery)]
@@ -168,8 +189,16 @@ def intervene(
             "cut": json.dumps(edges),
             "innovations": "inferred from the recording" if inferred else "averaged over, from equilibrium",
             "path_treatment": collapse(model).treatment if inferred else "integrated out exactly",
+            "unstable_share": unstable,
         },
     )
+    if unstable:
+        warnings.warn(
+            f"intervene: in {100.0 * unstable:.0f}% of the draws activity grows without bound under the intervention; "
+            "look at the intervals ..._lower and ..._upper, or ask for fewer bins",
+            FitWarning,
+            stacklevel=2,
+        )
     found["expected"].attrs["units"] = "events per bin" if recording.counts else "units of the recording"
     return found
 
@@ -254,7 +283,7 @@ def _told(asked: Mapping[str, Any], surgery: Surgery, places: Places, recording:
 
 
 class _Summary:
-    """Mean and interval over draws (draw, trial, time, unit), batch by batch of trials."""
+    """Median and interval over draws (draw, trial, time, unit), batch by batch of trials."""
 
     def __init__(self) -> None:
         self.parts: dict[str, list[np.ndarray]] = {}
@@ -262,7 +291,7 @@ class _Summary:
     def add(self, **drawn: np.ndarray) -> None:
         for name, values in drawn.items():
             lower, upper = np.quantile(values, INTERVAL, axis=0)
-            for suffix, part in (("", values.mean(0)), ("_lower", lower), ("_upper", upper)):
+            for suffix, part in (("", np.median(values, 0)), ("_lower", lower), ("_upper", upper)):
                 self.parts.setdefault(name + suffix, []).append(part)
 
     def joined(self) -> dict[str, np.ndarray]:

@@ -226,8 +226,8 @@ def plot_intervention(effect: xr.Dataset) -> Figure:
     Returns
     -------
     matplotlib.figure.Figure
-        A row for each region, means over its units and over trials: posterior mean and pointwise 90% band. A region is
-        left blank where it is held silent.
+        A row for each region, means over its units and over trials: posterior median and pointwise 90% band. A region
+        is left blank where it is held silent.
 
     Raises
     ------
@@ -250,9 +250,9 @@ def plot_intervention(effect: xr.Dataset) -> Figure:
         for panel, curves in zip(row, series, strict=True):
             for values, label, colour in curves:
                 drawn = values.sel(target=name)
-                low, high = drawn.quantile((0.05, 0.95), "path_draw", skipna=False).values
+                low, middle, high = drawn.quantile((0.05, 0.5, 0.95), "path_draw", skipna=False).values
                 panel.fill_between(effect["time"], low, high, color=colour, alpha=0.25, linewidth=0)
-                panel.plot(effect["time"], drawn.mean("path_draw", skipna=False), color=colour, label=label)
+                panel.plot(effect["time"], middle, color=colour, label=label)
         row[0].set_title(name, fontsize=8.0, pad=2.0)
         row[1].axhline(0.0, color="black", linewidth=0.6)
     handles = [panel.get_legend_handles_labels() for panel in panels[0]]
