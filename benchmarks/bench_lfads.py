@@ -13,7 +13,7 @@ import warnings
 import numpy as np
 import pyro
 import torch
-from _reach import reaches
+from _real import reaches
 
 import pyrodyn as dyn
 from pyrodyn import guides, inference, models, systems
@@ -52,7 +52,7 @@ def chaos() -> None:
 
 def reach() -> None:
     """Bits per spike of hidden neurons, as in tutorials/09_lfads_on_reaching.py, beside linear dynamics."""
-    train, test, hidden = reaches()
+    train, test, hidden, _ = reaches()
     observed = test.to_xarray()["observations"].sel(unit=hidden)
     guide = guides.Amortised(hidden_dim=24)
     engines = {

@@ -83,7 +83,7 @@ def ablation(seeds: int) -> list[str]:
         false, absent = 0, 0
         for seed in range(seeds):
             system = coupled_regions(seed=seed, **SETTINGS["hard 1"])
-            evidence = sampled(system.recording, 40, 40, global_dim=global_dim)[0]["invariants"]["presence"]
+            evidence = sampled(system.recording, *SWEEPS["hard 1"], global_dim=global_dim)[0]["invariants"]["presence"]
             where = ~system.truth["adjacency"].values & ~np.eye(evidence.sizes["target"], dtype=bool)
             false += int((evidence.mean(("chain", "draw")).values[where] > 0.9).sum())
             absent += int(where.sum())
