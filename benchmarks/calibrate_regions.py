@@ -88,6 +88,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--replicates", type=int, default=200)
     parser.add_argument("--counts", type=int, default=64, help="replicates with a Poisson readout")
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("docs/tables/calibration_regions.md"))
     options = parser.parse_args()
     lines = ["# Calibration of coupled regions", "", "Made by `python benchmarks/calibrate_regions.py`.", ""]
@@ -97,10 +98,12 @@ def main() -> int:
         ("Poisson readout", readouts.Poisson(), options.counts, (4, 50)),
     ):
         model = models.MultiRegionLDS(2, readout=readout, time_bumps=4)
+        if not replicates:
+            continue
         engine = inference.Gibbs(draws=100, warmup=80, thin=3, chains=2)
         began = time.perf_counter()
         recording = like(*shape, counts=isinstance(readout, readouts.Poisson))
-        found = dyn.calibrate(model, recording, engine, replicates=replicates, seed=1)
+        found = dyn.calibrate(model, recording, engine, replicates=replicates, seed=options.seed)
         flagged += int(found["flagged"].sum())
         lines += [
             f"## {name}: {found.attrs['shape']}, {len(REGIONS)} regions of 2 latents, {replicates} replicates",
