@@ -20,6 +20,8 @@ from pyrodyn.distributions import GaussMarkov, SwitchingPath
 from pyrodyn.linalg import mode_log_normaliser, mode_marginals
 from pyrodyn.readouts import AffineReadout
 
+FIRST = 5  # rounds in which counts find a first path
+
 
 class Expected(NamedTuple):
     """Law of path and modes given the parameters, as a product."""
@@ -50,11 +52,18 @@ def expect(law: SwitchingPath, readout: AffineReadout, observations: Tensor, wei
 def settle(
     law: SwitchingPath, readout: AffineReadout, observations: Tensor, batch: tuple[int, ...], rounds: int
 ) -> Expected:
-    """As many rounds of `expect` from modes that are all as probable, for a batch (*draw, trial)."""
+    """As many rounds of `expect` from a first guess, for a batch (*draw, trial).
+
+    The guess is a path under `SwitchingPath.averaged`, and the modes given it. The bound has many maxima: from modes
+    that are all as probable, under which the steps of all have their own small noise, rounds end far below.
+    """
     bins, dim = law.event_shape
-    weight = torch.full((*batch, bins, law.num_modes), 1.0 / law.num_modes, dtype=torch.float64)
-    still = torch.zeros(*batch, bins, dim, dtype=torch.float64)
-    return settle_from(law, _about(readout, still), observations, weight, rounds)
+    still = _about(readout, torch.zeros(*batch, bins, dim, dtype=torch.float64))
+    one = torch.ones(*batch, bins, 1, dtype=torch.float64)
+    chain = settle_from(law.averaged(), still, observations, one, 1 if readout.law.is_gaussian else FIRST).chain
+    blurred = law.blurred_likelihood(chain)
+    weight, _ = mode_marginals_and_counts(law.initial, law.transitions(chain.mean), blurred)
+    return settle_from(law, _about(readout, chain.mean), observations, weight, rounds)
 
 
 def settle_from(

@@ -267,6 +267,39 @@ class SwitchingPath(TorchDistribution):
         found = self.likelihood(law.mean)
         return torch.cat([found[..., :1, :], found[..., 1:, :] - 0.5 * spread], -2)
 
+    def averaged(self) -> SwitchingPath:
+        """One mode in place of all: its steps have the mean and the covariance of those of a mode drawn at random.
+
+        What the modes' steps differ by depends on the state; it is taken where the state has the start's spread.
+        """
+        dynamics, drift = self.dynamics.mean(-3, keepdim=True), self.drift.mean(-2, keepdim=True)
+        turned, pushed = self.dynamics - dynamics, (self.drift - drift).mean(-3)
+        apart = turned @ self.start_covariance.unsqueeze(-3) @ turned.mT + pushed.unsqueeze(-1) * pushed.unsqueeze(-2)
+        none = self.initial.new_zeros(1)
+        return SwitchingPath(
+            none, none.unsqueeze(-1), dynamics, drift, (self.process_noise + apart).mean(-3, keepdim=True),
+            self.start_mean, self.start_covariance, num_bins=self.event_shape[0], inside=self.inside,
+        )  # fmt: skip
+
+    def blurred_likelihood(self, law: GaussMarkov) -> Tensor:
+        """`likelihood` (*batch, time, mode) at the mean of a Gauss-Markov path, with what its law leaves open as noise.
+
+        Where `expected_likelihood` holds a step that is not known against every mode, this finds none worse.
+        """
+        covariance, crossed = (
+            law.covariance.unsqueeze(-3),
+            self.dynamics.unsqueeze(-4) @ law.cross_covariance.unsqueeze(-3),
+        )
+        moved = self.dynamics.unsqueeze(-4) @ covariance[..., :-1, :, :, :] @ self.dynamics.unsqueeze(-4).mT
+        spread = self.process_noise.unsqueeze(-4) + covariance[..., 1:, :, :, :] + moved - crossed - crossed.mT
+        apart = law.mean[..., 1:, :].unsqueeze(-2) - self.step_means(law.mean)
+        root = cholesky(0.5 * (spread + spread.mT))
+        white = torch.linalg.solve_triangular(root, apart.unsqueeze(-1), upper=False).squeeze(-1)
+        each = -0.5 * white.square().sum(-1) - root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        if self.inside is not None:
+            each = torch.where(self.inside[:, 1:].unsqueeze(-1), each, 0.0)
+        return torch.cat([torch.zeros_like(each[..., :1, :]), each], -2)
+
     # ------------------------------------------------------------------------------------------ forward in time
 
     def sample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 (torch's own signature)
