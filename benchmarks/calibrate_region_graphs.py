@@ -141,11 +141,11 @@ def loops(seeds: int) -> list[str]:
             fitted = float(posterior["invariants"]["spectral_radius"].max())
             table.append((found, there.sum(), false, absent.sum(), score))
             most = max(most, fitted)
-            edges = ", ".join(f"{p:.2f}" for p in evidence[there])
+            edges, shown = ", ".join(f"{p:.2f}" for p in evidence[there]), f"{score:.2f}" if absent.any() else "-"
             lines.append(
                 f"| {name} | {seed} | {edges} | {evidence[absent].max(initial=0.0):.2f} | {found} of {there.sum()} "
-                f"| {false} of {absent.sum()} | {score:.2f} | {true_radius(system.truth):.3f} | {fitted:.3f} "
-                f"| {seconds:.0f} |"
+                f"| {false} of {absent.sum()} | {shown} | {true_radius(system.truth):.3f} "
+                f"| {fitted:.3f} | {seconds:.0f} |"
             )
             print(lines[-1], flush=True)
         counts, auroc = np.array(table)[:, :-1], np.array(table)[:, -1]

@@ -31,7 +31,7 @@ SIMULATED = 2000  # bins, of which the first are left out as the way onto the tr
 TRACK = models.SwitchingLDS(4, 2, recurrent=True, readout=readouts.Gaussian())
 ROTATIONS = models.SwitchingLDS(5, 2)
 GIBBS = inference.Gibbs(draws=50, warmup=50, chains=2)
-NUMBERS = (2, 3, 4, 5, 6)
+NUMBERS = (3, 4, 5, 6)
 CLEAR = 2.0  # standard errors
 LONGER = [inference.Gibbs(draws=100, warmup=200, chains=2), inference.Gibbs(draws=200, warmup=600, chains=2)]
 FOLDED = inference.Gibbs(draws=13, warmup=87, chains=2)

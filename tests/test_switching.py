@@ -116,6 +116,43 @@ def test_the_expected_likelihood_is_exact_on_points_that_carry_two_moments():
     torch.testing.assert_close(law.expected_likelihood(chain)[0], law.likelihood(points).mean(0))
 
 
+def test_the_averaged_mode_has_the_moments_of_a_mode_drawn_at_random():
+    """States at plus and minus each column of a root of the start's covariance have its two moments."""
+    law = _switching.law(3, modes=3, latent=2, inputs=True, trials=2, bins=4)
+    one = law.averaged()
+    root = torch.linalg.cholesky(law.start_covariance[0])
+    states = torch.cat([root.mT, -root.mT]) * 2**0.5
+    means = torch.stack([states @ law.dynamics[0, k].mT for k in range(3)])  # (mode, state, latent)
+    torch.testing.assert_close(one.dynamics[0, 0], law.dynamics[0].mean(0))
+    torch.testing.assert_close(one.drift[..., 0, :], law.drift.mean(-2))
+    apart = (means - means.mean(0)).flatten(0, 1)
+    pushed = (law.drift - law.drift.mean(-2, keepdim=True))[..., :, :]
+    expected = law.process_noise[0].mean(0) + apart.mT @ apart / len(apart)
+    for i in range(2):
+        own = pushed[i].flatten(0, 1)
+        torch.testing.assert_close(one.process_noise[i, 0], expected + own.mT @ own / len(own))
+
+
+def test_the_blurred_likelihood_is_a_gaussian_with_the_path_integrated_out_step_by_step():
+    law = _switching.law(4, modes=3, bins=5)
+    chain = law.given_modes(torch.softmax(torch.randn(1, 5, 3, dtype=torch.float64), -1))
+    found = law.blurred_likelihood(chain)[0]
+    for t in range(1, 5):
+        joint = torch.cat(
+            [
+                torch.cat([chain.covariance[0, t - 1], chain.cross_covariance[0, t - 1]], -1),
+                torch.cat([chain.cross_covariance[0, t - 1].mT, chain.covariance[0, t]], -1),
+            ]
+        )
+        for k in range(3):
+            step = torch.cat([-law.dynamics[0, k], torch.eye(2)], -1)
+            mean = step @ chain.mean[0, t - 1 : t + 1].flatten() - law.drift[0, 0, k]
+            covariance = law.process_noise[0, k] + step @ joint @ step.mT
+            expected = torch.distributions.MultivariateNormal(mean, covariance).log_prob(torch.zeros(2))
+            torch.testing.assert_close(found[t, k], expected)
+    assert float(found[0].abs().max()) == 0.0
+
+
 def test_draws_follow_the_law(kind):
     law = _switching.law(7, modes=3, bins=40, **kind)
     torch.manual_seed(1)

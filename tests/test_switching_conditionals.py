@@ -8,8 +8,12 @@ import pytest
 import scipy.stats
 import torch
 
+from pyrodyn.conditionals.modes import settle, settle_from
 from pyrodyn.conditionals.steps import StepSums, bartlett, draw_coefficients, draw_precision, draw_scale, step_sums
 from pyrodyn.conditionals.transitions import StateLogits, draw_dirichlet, elliptical_slice, transition_counts
+from pyrodyn.distributions import SwitchingPath
+from pyrodyn.readouts import AffineReadout, Gaussian
+from pyrodyn.systems import nascar
 
 MANY = 4000
 
@@ -48,6 +52,36 @@ def test_expected_sums_are_means_over_paths():
     for of_law, of_paths in zip(found, drawn, strict=True):
         error = of_paths.std(0) / len(paths) ** 0.5
         assert float(((of_law[0] - of_paths.mean(0)).abs() / (error + 1e-12)).max()) < 4.5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_modes_and_path_settle_about_as_high_as_from_the_true_modes(seed):
+    """Nearly: on a race track rounds from modes that are all as probable end six hundred nats below."""
+    system = nascar(bins=400, seed=seed)
+    truth, variance = system.truth, system.truth.attrs
+    eye = torch.eye(2, dtype=torch.float64)
+    part = {name: torch.from_numpy(truth[name].values) for name in truth.data_vars if truth[name].dtype == float}
+    law = SwitchingPath(
+        torch.full((4,), -np.log(4.0), dtype=torch.float64),
+        torch.log_softmax(part["recurrence_bias"].expand(4, -1), -1),
+        part["dynamics"],
+        part["bias"].unsqueeze(0),
+        variance["process_variance"] * eye.expand(4, 2, 2),
+        torch.zeros(2, dtype=torch.float64),
+        4.0 * eye,
+        num_bins=400,
+        recurrence=part["recurrence"],
+    )
+    noise = torch.full((10,), variance["noise_variance"] ** 0.5, dtype=torch.float64)
+    still = torch.zeros(1, 400, 2, dtype=torch.float64)
+    readout = AffineReadout(Gaussian(), still, part["loading"], part["offset"], noise, None)
+    values, true = system.recording.values, torch.from_numpy(truth["mode"].values)
+    known = settle_from(law, readout, values, torch.nn.functional.one_hot(true, 4).double(), 15)
+    blind = settle_from(law, readout, values, torch.full((1, 400, 4), 0.25, dtype=torch.float64), 15)
+    found = settle(law, readout, values, (1,), 15)
+    assert float(known.bound - blind.bound) > 500.0
+    assert float(known.bound - found.bound) < 0.1 * float(known.bound - blind.bound)
+    assert float((found.weight.argmax(-1) == true).double().mean()) > 0.98
 
 
 def problem(chains: int) -> tuple[StepSums, torch.Tensor]:

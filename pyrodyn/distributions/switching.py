@@ -273,8 +273,9 @@ class SwitchingPath(TorchDistribution):
         What the modes' steps differ by depends on the state; it is taken where the state has the start's spread.
         """
         dynamics, drift = self.dynamics.mean(-3, keepdim=True), self.drift.mean(-2, keepdim=True)
-        turned, pushed = self.dynamics - dynamics, (self.drift - drift).mean(-3)
-        apart = turned @ self.start_covariance.unsqueeze(-3) @ turned.mT + pushed.unsqueeze(-1) * pushed.unsqueeze(-2)
+        turned, pushed = self.dynamics - dynamics, self.drift - drift
+        apart = turned @ self.start_covariance.unsqueeze(-3) @ turned.mT
+        apart = apart + (pushed.unsqueeze(-1) * pushed.unsqueeze(-2)).mean(-4)
         none = self.initial.new_zeros(1)
         return SwitchingPath(
             none, none.unsqueeze(-1), dynamics, drift, (self.process_noise + apart).mean(-3, keepdim=True),
@@ -295,7 +296,8 @@ class SwitchingPath(TorchDistribution):
         apart = law.mean[..., 1:, :].unsqueeze(-2) - self.step_means(law.mean)
         root = cholesky(0.5 * (spread + spread.mT))
         white = torch.linalg.solve_triangular(root, apart.unsqueeze(-1), upper=False).squeeze(-1)
-        each = -0.5 * white.square().sum(-1) - root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        scale = root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + self.event_shape[-1] * _LOG_ROOT
+        each = -0.5 * white.square().sum(-1) - scale
         if self.inside is not None:
             each = torch.where(self.inside[:, 1:].unsqueeze(-1), each, 0.0)
         return torch.cat([torch.zeros_like(each[..., :1, :]), each], -2)
