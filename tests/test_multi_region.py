@@ -424,5 +424,5 @@ def test_a_unit_of_rare_bursts_does_not_take_a_latent_at_the_start():
     recording = dyn.Recording.from_arrays(counts, bin_width=0.02, region=like.region, counts=True)
     model = models.MultiRegionLDS(2, time_bumps=3)
     with double_precision():
-        for values in starts(model, recording, several=True):
+        for values in starts(model, recording, several=False):
             assert float(globals_given(model, values, recording).loading.abs().max()) < 1.0
