@@ -58,14 +58,14 @@ def decisions(number: int = 12) -> Real:
 
 
 def movements() -> Real:
-    """Threshold crossings and hand velocity of a monkey: 400 movements of some 22 bins of 50 ms, 60 channels.
+    """Threshold crossings and hand velocity of a monkey: 200 movements of some 22 bins of 50 ms, 60 channels.
 
     A movement begins where the file has a velocity of exactly zero though the position has jumped.
     """
     raw = scipy.io.loadmat(_data() / "chestek_m1_contdata" / "contdata95.mat")
     position, velocity, counts = raw["X"][:, :2], raw["X"][:, 2:], raw["Y"].astype(float)
     still = (velocity[1:] == 0.0).all(1) & (np.diff(position, axis=0) != 0.0).any(1)
-    pieces = np.split(np.arange(len(counts)), np.flatnonzero(still) + 1)[:400]
+    pieces = np.split(np.arange(len(counts)), np.flatnonzero(still) + 1)[:200]
     busiest = np.sort(counts.sum(0).argsort()[::-1][:60])
     whole = dyn.Recording.from_arrays([counts[piece][:, busiest] for piece in pieces], bin_width=0.05)
     hand = np.full((len(pieces), whole.num_bins, 2), np.nan)

@@ -122,7 +122,7 @@ def main() -> None:
             "*Reaches*: Yu et al. (2009), 40 neurons, 50 bins of 20 ms, 84 trials to fit, 28 new ones; which of two "
             "targets. *Decisions*: Steinmetz et al. (2019), session 12, 60 neurons of four regions, 20 bins of 20 ms, "
             "150 and 60 trials; on which side contrast was larger, where it was. *Movements*: threshold crossings of "
-            "motor cortex (`chestek_m1_contdata`), 60 channels, 300 and 100 movements of some 22 bins of 50 ms; R2 of "
+            "motor cortex (`chestek_m1_contdata`), 60 channels, 150 and 50 movements of some 22 bins of 50 ms; R2 of "
             f"the hand's velocity {50 * LAG} ms later.",
             "In new trials a quarter of the units is hidden. Bits per spike of these with the standard error over "
             "trials, and the paired difference; behaviour is decoded from the rates of all units, as the others tell "
