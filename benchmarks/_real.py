@@ -45,11 +45,11 @@ def reaches() -> Real:
     return Real(train, test, _some(test.unit, 0.25), (train.condition, test.condition))
 
 
-def decisions(number: int = 12) -> Real:
-    """Steinmetz et al. (2019): 15 units of each of four regions, 20 bins of 20 ms; which side had more contrast."""
+def decisions() -> Real:
+    """Steinmetz et al. (2019), session 12: 15 units in each of four regions, 20 bins of 20 ms; side of more contrast."""
     trials, new = 150, 60
-    whole = session(_data(), number, 15, trials, new, ("VISp", "CA1", "DG", "SUB"))
-    with np.load(_data() / "steinmetz2019_multiregion" / f"session{number}.npz", allow_pickle=False) as held:
+    whole = session(_data(), 12, 15, trials, new)
+    with np.load(_data() / "steinmetz2019_multiregion" / "session12.npz", allow_pickle=False) as held:
         apart = held["contrast_left"] - held["contrast_right"]
     chosen = np.linspace(0, len(apart) - 1, trials + new).round().astype(int)
     side = np.array(["right", "", "left"])[np.sign(apart[chosen]).astype(int) + 1]

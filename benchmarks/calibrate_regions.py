@@ -97,9 +97,9 @@ def main() -> int:
         ("Gaussian readout", readouts.Gaussian(), options.replicates, (1, 200)),
         ("Poisson readout", readouts.Poisson(), options.counts, (4, 50)),
     ):
-        model = models.MultiRegionLDS(2, readout=readout, time_bumps=4)
         if not replicates:
             continue
+        model = models.MultiRegionLDS(2, readout=readout, time_bumps=4)
         engine = inference.Gibbs(draws=100, warmup=80, thin=3, chains=2)
         began = time.perf_counter()
         recording = like(*shape, counts=isinstance(readout, readouts.Poisson))

@@ -285,7 +285,7 @@ def test_draws_in_which_silence_lets_others_grow_are_counted_and_do_not_carry_th
     draws["dynamics"][:, :] = np.diag([0.5, 0.5, 0.5])
     draws["dynamics"][0, 3] = dynamics
     tree["posterior"] = xr.DataTree(draws)
-    with pytest.warns(dyn.FitWarning, match="in 20% of the draws activity grows without bound"):
+    with pytest.warns(dyn.FitWarning, match="in 20% of the draws activity grows more than tenfold"):
         found = dyn.intervene(tree, recording, silence="B")
     assert found.attrs["unstable_share"] == pytest.approx(0.2)
     own = found.isel(unit=[0, 1, 2])

@@ -414,15 +414,12 @@ def test_a_graph_is_found_again_with_its_direction():
 
 def test_a_unit_of_rare_bursts_does_not_take_a_latent_at_the_start():
     """Its pseudo-observations lay hundreds of nats away: loadings of fifty, and predictions of 1e11 events."""
-    like, rng = (
-        coupled_regions(regions=2, units=6, trials=20, bins=25, mean_count=0.5, seed=0).recording,
-        np.random.default_rng(0),
-    )
-    counts = like.values.numpy().copy()
+    like = coupled_regions(regions=2, units=6, trials=20, bins=25, mean_count=0.5, seed=0).recording
+    rng, counts = np.random.default_rng(0), like.values.numpy().copy()
     for unit, share in ((2, 0.012), (8, 0.008)):
         counts[..., unit] = np.where(rng.random(counts.shape[:2]) < share, rng.poisson(4.0, counts.shape[:2]), 0)
     recording = dyn.Recording.from_arrays(counts, bin_width=0.02, region=like.region, counts=True)
     model = models.MultiRegionLDS(2, time_bumps=3)
     with double_precision():
-        for values in starts(model, recording, several=False):
-            assert float(globals_given(model, values, recording).loading.abs().max()) < 1.0
+        (values,) = starts(model, recording, several=False)
+        assert float(globals_given(model, values, recording).loading.abs().max()) < 1.0

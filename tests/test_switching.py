@@ -126,7 +126,7 @@ def test_the_averaged_mode_has_the_moments_of_a_mode_drawn_at_random():
     torch.testing.assert_close(one.dynamics[0, 0], law.dynamics[0].mean(0))
     torch.testing.assert_close(one.drift[..., 0, :], law.drift.mean(-2))
     apart = (means - means.mean(0)).flatten(0, 1)
-    pushed = (law.drift - law.drift.mean(-2, keepdim=True))[..., :, :]
+    pushed = law.drift - law.drift.mean(-2, keepdim=True)
     expected = law.process_noise[0].mean(0) + apart.mT @ apart / len(apart)
     for i in range(2):
         own = pushed[i].flatten(0, 1)

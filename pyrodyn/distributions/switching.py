@@ -287,11 +287,9 @@ class SwitchingPath(TorchDistribution):
 
         Where `expected_likelihood` holds a step that is not known against every mode, this finds none worse.
         """
-        covariance, crossed = (
-            law.covariance.unsqueeze(-3),
-            self.dynamics.unsqueeze(-4) @ law.cross_covariance.unsqueeze(-3),
-        )
-        moved = self.dynamics.unsqueeze(-4) @ covariance[..., :-1, :, :, :] @ self.dynamics.unsqueeze(-4).mT
+        dynamics, covariance = self.dynamics.unsqueeze(-4), law.covariance.unsqueeze(-3)
+        crossed = dynamics @ law.cross_covariance.unsqueeze(-3)
+        moved = dynamics @ covariance[..., :-1, :, :, :] @ dynamics.mT
         spread = self.process_noise.unsqueeze(-4) + covariance[..., 1:, :, :, :] + moved - crossed - crossed.mT
         apart = law.mean[..., 1:, :].unsqueeze(-2) - self.step_means(law.mean)
         root = cholesky(0.5 * (spread + spread.mT))
