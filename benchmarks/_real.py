@@ -46,7 +46,7 @@ def reaches() -> Real:
 
 
 def decisions() -> Real:
-    """Steinmetz et al. (2019), session 12: 15 units in each of four regions, 20 bins of 20 ms; side of more contrast."""
+    """Steinmetz et al. (2019), session 12: 15 units in four regions each, 20 20 ms bins; side with more contrast."""
     trials, new = 150, 60
     whole = session(_data(), 12, 15, trials, new)
     with np.load(_data() / "steinmetz2019_multiregion" / "session12.npz", allow_pickle=False) as held:
