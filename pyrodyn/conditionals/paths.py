@@ -28,7 +28,8 @@ from pyrodyn.readouts import AffineReadout, Gaussian
 from pyrodyn.recording import Recording
 
 KICKS = 2  # to a trajectory
-FARTHEST = 6.0  # sds of their noise that pseudo-observations of a climb may lie from its centre
+# What an observation of a climb may lie beyond its mean, in sds of its noise; a single spike always may.
+FARTHEST, SPIKE = 6.0, 1.0
 LEAST_CURVATURE = 1e-6
 PIECE = 60_000  # numbers (chain, trial, time, unit) at a time
 SPREAD = 3  # pairs of paths over which a reference is averaged
@@ -258,10 +259,10 @@ def levelled(
         expanded = [readout.expand_log(centre + side, observations)[1:] for side in spread]
         score, curvature = (torch.stack(part).mean(0) for part in zip(*expanded, strict=True))
         level = (curvature.reshape(observations.shape).sum((0, 1)) / seen).clamp(min=LEAST_CURVATURE)
-        noise = level.rsqrt()
-        # A burst of a unit that is nearly silent would be an observation hundreds of nats away.
-        apart = (score / level).clamp(-FARTHEST * noise, FARTHEST * noise)
-        return Levelled(model, (centre + apart).reshape(observations.shape), noise)
+        # A burst of a unit that is nearly silent would be an observation hundreds of nats away. A single spike is kept
+        # whole: without it the mean of such a unit would not be at its offset.
+        most = (FARTHEST * level.sqrt()).clamp(min=SPIKE)
+        return Levelled(model, (centre + score.clamp(-most, most) / level).reshape(observations.shape), level.rsqrt())
 
     found = about(centre, [torch.zeros((), dtype=torch.float64)])
     for _ in range(rounds):
