@@ -1,7 +1,7 @@
 """Modes found again: a point on a race track, rotations seen through spikes, and how many modes there are.
 
 Run from the root of the repository: ``python benchmarks/calibrate_switching.py --table docs/tables/switching.md``, or
-with some of ``track short spikes longer number``. Every fit starts by itself and never sees the truth; modes are
+with some of ``quick track short spikes longer number``. Every fit starts by itself and never sees the truth; modes are
 matched to the true ones afterwards, for the counts alone.
 """
 
@@ -11,6 +11,8 @@ import argparse
 import time
 import warnings
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +33,18 @@ SIMULATED = 2000  # bins, of which the first are left out as the way onto the tr
 TRACK = models.SwitchingLDS(4, 2, recurrent=True, readout=readouts.Gaussian())
 ROTATIONS = models.SwitchingLDS(5, 2)
 GIBBS = inference.Gibbs(draws=50, warmup=50, chains=2)
-NUMBERS = (3, 4, 5, 6)
+QUICK = inference.Gibbs(draws=10, warmup=10, chains=1)
+NUMBERS, LENGTHS = (3, 4, 5, 6), (500, 2500)  # of modes, and of bins in each trial that is to tell how many
 CLEAR = 2.0  # standard errors
 LONGER = [inference.Gibbs(draws=100, warmup=200, chains=2), inference.Gibbs(draws=200, warmup=600, chains=2)]
 FOLDED = inference.Gibbs(draws=13, warmup=87, chains=2)
 
 
 def fitted(model: Any, recording: dyn.Recording, engine: Any) -> tuple[xr.DataTree, float]:
-    start = time.perf_counter()
+    start = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dyn.FitWarning)  # so short a run is said to be short
-        return dyn.fit(model, recording, engine, seed=0), time.perf_counter() - start
+        return dyn.fit(model, recording, engine, seed=0), time.process_time() - start
 
 
 def matched(found: np.ndarray, truth: np.ndarray, modes: int) -> tuple[np.ndarray, float]:
@@ -101,21 +104,21 @@ def spikes(seed: int) -> str:
     return f"| {seed} | {accuracy:.3f} | {scores[0]:.4f} | {scores[1]:.4f} | {known:.4f} | {seconds:.1f} |"
 
 
-def number(seed: int) -> str:
+def number(bins: int, seed: int) -> str:
     """What two folds of trials say of the number of modes: differences to the best, and their standard errors."""
     began = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         table = dyn.select(
             lambda num_modes: replace(TRACK, num_modes=num_modes), {"num_modes": NUMBERS},
-            nascar(bins=500, trials=4, seed=seed).recording, FOLDED, method=comparison.KFold(2),
+            nascar(bins=bins, trials=4, seed=seed).recording, FOLDED, method=comparison.KFold(2),
         )  # fmt: skip
     rows = [table.sel(model=f"num_modes={k}") for k in NUMBERS]
     shown = " | ".join(f"{float(row['difference']):.1f} ({float(row['dse']):.1f})" for row in rows)
     # As good as the best but for chance: fewer modes are preferred where the difference is not clear.
     least = min(k for k, row in zip(NUMBERS, rows, strict=True) if -row["difference"] <= CLEAR * row["dse"])
     seconds = time.perf_counter() - began
-    return f"| {seed} | {shown} | {int(table['num_modes'][0])} | {least} | {seconds:.0f} |"
+    return f"| {bins} | {seed} | {shown} | {int(table['num_modes'][0])} | {least} | {seconds:.0f} |"
 
 
 def rates_of(posterior: xr.DataTree, recording: dyn.Recording) -> np.ndarray:
@@ -125,6 +128,11 @@ def rates_of(posterior: xr.DataTree, recording: dyn.Recording) -> np.ndarray:
 
 
 HEADS = {
+    "quick": (
+        f"## A race track in a hurry\n\nAs below, with one short chain: `{QUICK!r}`.\n\n"
+        "| bins | seed | accuracy | k-means of the true path | phase errors | occupancy | s |\n"
+        "|---|---|---|---|---|---|---|"
+    ),
     "track": (
         "## A race track\n\n`systems.nascar`: two bends, two straights, 10 channels. "
         f"`{TRACK!r}`.\nPhase errors are of the two bends' eigenvalues; occupancy is the total variation between "
@@ -143,10 +151,10 @@ HEADS = {
         "|---|---|---|---|---|---|---|---|"
     ),
     "number": (
-        "## How many modes has the race track?\n\nFour trials of 500 bins, two folds, paths and modes integrated out "
+        "## How many modes has the race track?\n\nFour trials, two folds, paths and modes integrated out "
         f"by particles; `{FOLDED!r}`.\nDifferences of the elpd to the best number (nats), with standard errors over "
         f"trials; *least* is the least number that is not worse than the best by {CLEAR:g} standard errors.\n\n"
-        "| seed | " + " | ".join(f"{k} modes" for k in NUMBERS) + " | best | least | s |\n"
+        "| bins a trial | seed | " + " | ".join(f"{k} modes" for k in NUMBERS) + " | best | least | s |\n"
         "|---|---|---|---|---|---|---|---|---|"
     ),
 }
@@ -154,11 +162,18 @@ HEADS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", default=["short", "track", "spikes", "longer", "number"])
+    parser.add_argument("parts", nargs="*", default=["quick", "short", "track", "spikes", "longer", "number"])
     parser.add_argument("--table", type=Path, help="write the table to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     lines = [f"# Switching dynamics found again\n\nMade by `python benchmarks/calibrate_switching.py`; {GIBBS!r}.\n"]
+    if "quick" in options.parts:
+        fitted(TRACK, nascar(bins=200, seed=0).recording, QUICK)  # compiles
+        lines.append(HEADS["quick"])
+        for seed in SEEDS:
+            lines.append(track(1000, seed, QUICK))
+            print(lines[-1], flush=True)
+        lines.append("")
     sizes = [bins for bins, name in ((1000, "short"), (10_000, "track")) if name in options.parts]
     if sizes:
         lines.append(HEADS["track"])
@@ -174,10 +189,10 @@ def main() -> None:
                 lines.append(f"| {engine.warmup} + {engine.draws} {track(1000, seed, engine)}")
                 print(lines[-1], flush=True)
         lines.append("")
-    for name, row in (("spikes", spikes), ("number", number)):
+    for name, rows in (("spikes", [spikes]), ("number", [partial(number, bins) for bins in LENGTHS])):
         if name in options.parts:
             lines.append(HEADS[name])
-            for seed in SEEDS:
+            for row, seed in product(rows, SEEDS):
                 lines.append(row(seed))
                 print(lines[-1], flush=True)
             lines.append("")
