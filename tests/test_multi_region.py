@@ -267,6 +267,53 @@ def test_a_start_with_all_edges_has_to_be_better_by_a_margin(gain, taken, monkey
     assert bool(layout.presence(layout.matrix(values["network"])).all()) == bool(taken)
 
 
+def test_starts_that_are_as_good_share_the_chains_and_go_on_after_a_kill(monkeypatch):
+    like = coupled_regions(regions=2, units=5, trials=3, bins=15, mean_count=0.5, seed=0).recording
+    model, engine = models.MultiRegionLDS(1), inference.Gibbs(draws=1, warmup=FEWEST, chains=4)
+    guess = model.initial_values(like)
+    found = [guess, guess | {"offset": guess["offset"] + 1.0}]
+    monkeypatch.setattr(Run, "scout", lambda run, density, total: 0.0)
+    monkeypatch.setattr(gibbs, "starts", lambda model, recording, several: found)
+    with random_stream(0), double_precision(), torch.no_grad():
+        run, _ = engine._scouted(model, like, model.conditionals(like))
+        apart = run.state["offset"] - guess["offset"]
+        torch.testing.assert_close(apart, torch.tensor([0.0, 0.0, 1.0, 1.0]).unsqueeze(-1).expand_as(apart))
+        one, other = run.sweep.reference(run.state).centre[[0, 2]]
+        assert not torch.allclose(one, other)  # each with a reference of its own
+        held = run._state()
+        again = Run(engine, model.conditionals(like), {})
+        again._restore(held)
+        again._step()
+        torch.set_rng_state(torch.from_numpy(held["random"]))
+        run._step()
+    assert again.state.keys() == run.state.keys()
+    for name, value in run.state.items():
+        assert torch.equal(value, again.state[name]), name
+
+
+def test_chains_of_two_starts_get_one_sign_of_what_is_common():
+    like = coupled_regions(regions=2, units=5, trials=3, bins=15, mean_count=0.5, seed=0).recording
+    model = models.MultiRegionLDS(1)
+    with random_stream(0), double_precision(), torch.no_grad():
+        sweep = model.conditionals(like)
+        state = sweep.start(model.initial_values(like), 4)
+        layout = sweep.layout
+        sign = torch.cat([torch.ones(layout.regional), -torch.ones(layout.size - layout.regional)])
+        pairs = sign.unsqueeze(-1) * sign
+        entries = layout.vector(pairs)
+        other = dict(state)
+        sweep._turn(other, sign.diag().expand(4, -1, -1))
+        other["aim_common"] = state["aim_common"] * pairs
+        other["information"] = state["information"] * entries.unsqueeze(-1) * entries
+        assert not torch.equal(other["path"], state["path"])
+        joined = sweep.join(state, other)
+    for name, value in state.items():
+        if value.dim():
+            first, second = joined[name].unflatten(0, (2, -1))
+            torch.testing.assert_close(first, value[: len(first)], rtol=0.0, atol=0.0)
+            torch.testing.assert_close(second, first)
+
+
 def test_the_entropy_of_a_state_is_that_of_the_dynamics_that_are_there():
     seen, model = recording(), models.MultiRegionLDS(2, time_bumps=0)
     with random_stream(0), double_precision(), torch.no_grad():

@@ -29,7 +29,7 @@ from pyrodyn.recording import Recording
 
 KICKS = 2  # to a trajectory
 # What an observation of a climb may lie beyond its mean, in sds of its noise; a single spike always may.
-FARTHEST, SPIKE = 6.0, 1.0
+FARTHEST, SPIKE = 8.0, 1.0
 LEAST_CURVATURE = 1e-6
 PIECE = 60_000  # numbers (chain, trial, time, unit) at a time
 SPREAD = 3  # pairs of paths over which a reference is averaged

@@ -23,6 +23,7 @@ PATHS = 100  # drawn paths that are kept
 SCOUTED, FEWEST = 16, 30  # sweeps before one of several starts is chosen, and of warm-ups that are worth a choice
 HOPELESS = 50.0  # nats behind the best after half of them
 MARGIN = 10.0  # nats by which a start has to be better than that of the simpler model
+ALIKE = 25.0  # nats between starts of which 16 sweeps do not tell which is better
 STATE = "state/"
 
 
@@ -39,6 +40,14 @@ class Sweep(Protocol):
 
     def entropy(self, state: dict[str, Tensor]) -> Tensor:
         """Of the unknowns whose number differs between states, (chain); asked of models that are `Nesting`."""
+        ...
+
+    def join(self, state: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Half of the chains of two starts, each half as a group of its own; asked of models that are `Nesting`."""
+        ...
+
+    def divide(self, groups: int) -> None:
+        """From now on chains come in so many groups."""
         ...
 
 
@@ -63,7 +72,7 @@ class Gibbs:
     warmup : int
         Sweeps before the first; the reference of the path's move and step sizes adapt in them. Where a model offers
         several starts, as coupled regions do, and there are 30 or more, chains go through the first of them from each
-        start and on from the best.
+        start and on from the best, or half of them from each of two that are as good.
     thin : int
         Sweeps from one draw to the next.
     chains : int
@@ -120,7 +129,7 @@ class Gibbs:
         return Run(self, sweep, sweep.start(values, self.chains))
 
     def _scouted(self, model: Any, recording: Recording, sweep: Sweep) -> tuple[Run, dict[str, Tensor]]:
-        """Chains from the best of a model's starts, and that start."""
+        """Chains from the best of a model's starts, half of them from the next where that is as good; and the best."""
         found = starts(model, recording, self.warmup >= FEWEST)
         runs = [Run(self, sweep, sweep.start(values, self.chains)) for values in found]
         if len(runs) == 1:
@@ -131,7 +140,10 @@ class Gibbs:
         left = [i for i, mass in masses.items() if mass > max(masses.values()) - HOPELESS]
         if len(left) > 1:
             masses = {i: runs[i].scout(density, total) for i in left}
-        best = max(left, key=lambda i: masses[i] - MARGIN * (i > 0))
+        ranked = sorted(left, key=lambda i: MARGIN * (i > 0) - masses[i])
+        best = ranked[0]
+        if len(ranked) > 1 and self.chains % 2 == 0 and masses[best] - masses[ranked[1]] < ALIKE:
+            return runs[best].joined(runs[ranked[1]]), found[best]
         return runs[best], found[best]
 
     def replicate(self, density: LogDensity, start: Tensor) -> Tensor:
@@ -174,7 +186,7 @@ class Run:
     def __init__(self, options: Gibbs, sweep: Sweep, state: dict[str, Tensor], paths: int = PATHS) -> None:
         self.options, self.sweep, self.state = options, sweep, state
         self.every = min(options.draws, max(1, options.draws * options.chains // paths)) if paths else 0
-        self.count = 0
+        self.count, self.groups = 0, 1
         self.kept: dict[str, list[Tensor]] = {}
         self.local: dict[str, list[Tensor]] = {}
         self.sums: dict[str, Tensor] = {}
@@ -194,6 +206,12 @@ class Run:
                     found.append(density(density.unconstrain(sites)) + self.sweep.entropy(self.state))
                 bar.update()
         return float(torch.stack(found).mean())
+
+    def joined(self, other: Run) -> Run:
+        """Half of these chains and half of others that are as far on."""
+        run = Run(self.options, self.sweep, self.sweep.join(self.state, other.state))
+        run.count, run.groups = self.count, 2
+        return run
 
     def go(self, store: StateStore | None) -> Run:
         """Run to the end, from where a checkpoint left off."""
@@ -246,7 +264,7 @@ class Run:
         held |= {f"kept/{name}": torch.stack(parts).numpy() for name, parts in self.kept.items()}
         held |= {f"sums/{name}": value.numpy() for name, value in self.sums.items()}
         held |= {f"local/{name}": torch.stack(parts).numpy() for name, parts in self.local.items()}
-        return held | {"count": np.array(self.count), "random": torch.get_rng_state().numpy().copy()}
+        return held | {"count": np.array([self.count, self.groups]), "random": torch.get_rng_state().numpy().copy()}
 
     def _restore(self, held: Any) -> None:
         def part(prefix: str) -> dict[str, Tensor]:
@@ -257,5 +275,7 @@ class Run:
         self.state, self.sums = part(STATE), part("sums/")
         self.kept = {name: list(values) for name, values in part("kept/").items()}
         self.local = {name: list(values) for name, values in part("local/").items()}
-        self.count = int(held["count"])
+        self.count, self.groups = (int(v) for v in held["count"])
+        if self.groups > 1:
+            self.sweep.divide(self.groups)
         torch.set_rng_state(torch.from_numpy(np.array(held["random"])))

@@ -109,7 +109,7 @@ class RegionSweep:
         if isinstance(self.law, HorseshoeNetwork):
             held["edge_scales"] = self.law.split(grouped["network"])[1].clone()
         groups = len(held["dynamics"])
-        self.values = self.values.expand(groups, *self.values.shape[-3:])
+        self.divide(groups)
         state: State = {"aim": held["loading"].clone(), "aim_common": held["dynamics"].clone()}
         prior, readout = factors(self.model, parameters, self.recording)
         if not self.model.readout.is_gaussian:
@@ -157,6 +157,28 @@ class RegionSweep:
         precision = state["information"] + torch.diag_embed(self.prior(state).weight.expand_as(vector))
         precision = there.unsqueeze(-1) * precision * there.unsqueeze(-2) + torch.diag_embed(1.0 - there)
         return 0.5 * (math.log(2.0 * math.pi * math.e) * there.sum(-1) - torch.logdet(precision))
+
+    def join(self, state: State, other: State) -> State:
+        """Half of the chains of two starts; common latents of the other take the signs of the first."""
+        regional, other = self.layout.regional, dict(other)
+        one, two = (part["path"][..., regional:].mean(0) for part in (state, other))
+        sign = torch.ones(self.layout.size, dtype=torch.float64)
+        sign[regional:] = torch.where((one * two).sum((0, 1)) < 0.0, -1.0, 1.0)
+        self._turn(other, sign.diag().expand(len(other["path"]), -1, -1))
+        pairs = sign.unsqueeze(-1) * sign
+        other["aim_common"] = other["aim_common"] * pairs
+        entries = self.layout.vector(pairs)
+        other["information"] = other["information"] * entries.unsqueeze(-1) * entries
+        self.divide(2)
+        half, joined = len(state["path"]) // 2, dict(state)
+        for name, value in state.items():
+            if value.dim():  # what a start has for all of its chains has a length of one
+                joined[name] = torch.cat([p if len(p) == 1 else p[:half] for p in (value, other[name])])
+        return joined
+
+    def divide(self, groups: int) -> None:
+        """From now on chains come in groups, with loadings to be turned to and a reference of their own."""
+        self.values = self.values.expand(groups, *self.values.shape[-3:])
 
     def local(self, state: State) -> dict[str, Tensor]:
         """The paths (chain, trial, time, latent), in the model's gauge."""
