@@ -44,7 +44,7 @@ demo: $(INSTALLED)  ## fit real recordings under two engines and draw the result
 PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4
 
 test: $(INSTALLED)  ## run the tests
-	$(PYTEST) --dist loadfile -m "not long"
+	$(PYTEST) --dist loadfile --durations 30 -m "not long"
 
 long: $(INSTALLED)  ## run the tests that hold samplers against each other for half a minute and more
 	$(PYTEST) --dist load -m long
