@@ -213,6 +213,7 @@ def test_a_counterfactual_replays_the_innovations_that_were_there(asked, silent,
     assert found.attrs["innovations"].startswith("inferred")
 
 
+@pytest.mark.long
 def test_what_a_fit_predicts_of_silence_is_what_silence_does():
     system = coupled_regions(regions=3, units=12, trials=8, bins=150, mean_count=2.0, coupling=0.35, seed=4)
     recording, truth = system.recording, system.truth
