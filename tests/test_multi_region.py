@@ -283,6 +283,7 @@ def test_starts_that_are_as_good_share_the_chains_and_go_on_after_a_kill(monkeyp
         held = run._state()
         again = Run(engine, model.conditionals(like), {})
         again._restore(held)
+        assert run.groups == again.groups == 2
         again._step()
         torch.set_rng_state(torch.from_numpy(held["random"]))
         run._step()

@@ -72,7 +72,8 @@ class Gibbs:
     warmup : int
         Sweeps before the first; the reference of the path's move and step sizes adapt in them. Where a model offers
         several starts, as coupled regions do, and there are 30 or more, chains go through the first of them from each
-        start and on from the best, or half of them from each of two that are as good.
+        start and on from the best, or half of them from each of two that are as good. These halves count alike in the
+        posterior, whose notes say under ``starts`` how many there were.
     thin : int
         Sweeps from one draw to the next.
     chains : int
@@ -115,6 +116,7 @@ class Gibbs:
             "globals": "draws of Gibbs sampling",
             "atoms": "sampled",
             "sweeps_per_chain": self.warmup + self.thin * self.draws,
+            "starts": run.groups,
         }
         return Draws(samples, "sampled", local=local, kept=kept, notes=notes | run.rates())
 
