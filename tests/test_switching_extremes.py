@@ -164,7 +164,7 @@ def test_many_counts_hold_the_path_of_every_draw_where_its_own_parameters_take_i
     stay, noise = np.array([[0.96, 0.04], [0.04, 0.96]]), np.stack([0.01 * np.eye(2)] * 2)
     parameters = SwitchingParameters(
         both([0.5, 0.5], [0.5, 0.5]), both(stay, stay), both(turns, turns), both(np.zeros((2, 2)), moved),
-        both(noise, 0.25 * noise), None, None, None, both(loading, 2.0 * loading),
+        both(noise, 0.25 * noise), None, None, None, None, both(loading, 2.0 * loading),
         both(offset, offset - 2.0 * loading @ shift), None,
     )  # fmt: skip
     with torch.no_grad(), double_precision(), random_stream(0):

@@ -197,6 +197,21 @@ def test_sites_and_steps_are_inverse(options):
         torch.testing.assert_close(value, values[name], rtol=1e-4 if name == "free_dynamics" else 1e-9, atol=1e-9)
 
 
+def test_a_border_of_modes_is_a_constant_of_their_logits():
+    model = SwitchingLDS(3, 2, recurrent=True, readout=readouts.Gaussian())
+    like = blank(counts=False, inputs=0)
+    with torch.no_grad(), double_precision():
+        steps = globals_given(model, prior_draws(model, like, 4, 3), like).steps
+        rows = torch.log_softmax(steps.transition.log() + steps.recurrence_bias.unsqueeze(-2), -1).exp()
+        prior, zero = model.step_prior(like), torch.zeros_like(steps.recurrence_bias)
+        moved, plain = prior.path(steps, like), prior.path(steps._replace(transition=rows, recurrence_bias=zero), like)
+        with random_stream(0):
+            path = moved.expand((4, 3)).sample()
+        torch.testing.assert_close(moved.log_prob(path), plain.log_prob(path), rtol=1e-12, atol=1e-10)
+        without = prior.path(steps._replace(recurrence_bias=zero), like)
+        assert float((moved.log_prob(path) - without.log_prob(path)).abs().min()) > 1e-6
+
+
 def test_chains_that_start_in_permuted_modes_are_numbered_alike():
     model, recording, _, values, _ = small()
     swapped = dict(values)
@@ -366,7 +381,7 @@ def test_draws_given_counts_agree_with_weighted_draws_of_the_prior_and_with_a_mo
     like = blank(2, 4, 2, counts=True, inputs=1, lengths=[4, 3])  # few bins, as above
     many = 2000
     with torch.no_grad(), double_precision(), random_stream(3):
-        values = prior_draws(model, like, 1, 4)
+        values = prior_draws(model, like, 1, 5)
         values["process_scale"] = torch.full_like(values["process_scale"], 2.0)  # modes that noise can take for others
         parameters = globals_given(model, values, like)
         path = model.latent_path(parameters, like).expand((1, 2)).sample()

@@ -46,13 +46,15 @@ class StepPrior:
         A_k &= \mathrm{tame}(\bar A_k), \qquad \bar A_{k,ij} \sim N(a \delta_{ij}, s_{ij}^2), \qquad
         b_k, B_k \sim N(0, s_b^2), \\
         Q_{k,r}^{-1} &\sim \mathrm{Wishart}(D_r + 2, I / \psi), \qquad \psi \sim \mathrm{Gamma}, \\
-        R &= H v, \qquad v \sim N(0, \sigma_R^2), \qquad \sigma_R^2 \sim \mathrm{InverseGamma},
+        (R, r) &= H v, \qquad v \sim N(0, \sigma_R^2), \qquad \sigma_R^2 \sim \mathrm{InverseGamma},
 
     with `tame` scaling a matrix by its spectral radius to one below ``max_radius`` (see `pyrodyn.linalg.taming`): it
     moves stable matrices hardly at all, and no draw of the prior explodes. With lags, entries of lag l have a standard
     deviation l times smaller and mean zero. H has orthonormal columns that sum to zero: of the slopes only differences
-    between modes matter. All modes are exchangeable. :math:`Q_k` is block-diagonal over regions, and s is
-    :math:`s / \sqrt{D_r}` within region r; between regions see `Blocks`.
+    between modes matter. Steep slopes need a large r wherever modes do not meet at the origin; rows of P alone could
+    not give one, since a Dirichlet law hardly knows probabilities of exp(-10). All modes are exchangeable.
+    :math:`Q_k` is block-diagonal over regions, and s is :math:`s / \sqrt{D_r}` within region r; between regions see
+    `Blocks`.
 
     Attributes
     ----------
@@ -183,19 +185,26 @@ class StepPrior:
         for suffix, own in zip(self.blocks.suffixes, self.blocks.dims, strict=True):
             law = GaugedLoading(own, own, tuple(range(own)), degrees=own + EXTRA_DEGREES)
             roots.append(pyro.sample(f"precision_root{suffix}", law.expand((modes,)).to_event(1)))
-        recurrence = mode_gain = None
+        recurrence = border = mode_gain = None
         if self.recurrent and self.switches:
             shape, rate = (one.squeeze(0) * part for part in RECURRENCE)
             spread = pyro.sample("recurrence_variance", dist.InverseGamma(shape, rate)).sqrt()[..., None, None]
             basis = self.contrasts.to(device)
             recurrence = basis @ (spread * normal("slopes", 0.0, 1.0, modes - 1, dim))
+            border = (basis @ (spread * normal("borders", 0.0, 1.0, modes - 1, 1))).squeeze(-1)
             if self.num_inputs:
                 slopes = spread * normal("input_slopes", 0.0, 1.0, modes - 1, self.num_inputs)
                 mode_gain = basis @ slopes / recording.input_scale
         return ModeSteps(
             initial, transition, tame(free, self.max_radius), bias,
-            self.blocks.diagonal([process_noise(root, scale) for root in roots]), gain, recurrence, mode_gain,
+            self.blocks.diagonal([process_noise(root, scale) for root in roots]), gain, recurrence, border, mode_gain,
         )  # fmt: skip
+
+    def pushes(self, slopes: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """R, r and W from free weights (*batch, mode - 1, feature) of latents, inputs and a one."""
+        whole, dim = self.contrasts @ slopes, self.latent_dim
+        gain = whole[..., dim:-1] / input_scale if self.num_inputs else None
+        return whole[..., :dim], whole[..., -1], gain
 
     def sites(
         self, steps: ModeSteps, scale: Tensor, recurrence_variance: Tensor | None, input_scale: Tensor
@@ -214,10 +223,11 @@ class StepPrior:
         if steps.input_gain is not None:
             found["drive"] = steps.input_gain * input_scale
         if steps.recurrence is not None:
-            assert recurrence_variance is not None
+            assert recurrence_variance is not None and steps.recurrence_bias is not None
             spread = recurrence_variance.sqrt()[..., None, None]
             found |= {"recurrence_variance": recurrence_variance}
             found["slopes"] = self.contrasts.mT @ steps.recurrence / spread
+            found["borders"] = self.contrasts.mT @ steps.recurrence_bias.unsqueeze(-1) / spread
             if steps.mode_gain is not None:
                 found["input_slopes"] = self.contrasts.mT @ (steps.mode_gain * input_scale) / spread
         return found
@@ -244,7 +254,7 @@ class StepPrior:
                 moved[name] = values[name].take_along_dim(index, order.dim() - 1)
         moved["transition"] = moved["transition"].take_along_dim(order.unsqueeze(-2), -1)
         basis = self.contrasts.to(order.device)
-        for name in ("slopes", "input_slopes"):
+        for name in ("slopes", "borders", "input_slopes"):
             if name in values:
                 moved[name] = basis.mT @ (basis @ values[name]).take_along_dim(order.unsqueeze(-1), -2)
         return moved
@@ -253,13 +263,15 @@ class StepPrior:
         self, steps: ModeSteps, recording: Recording, inside: Tensor | None = None, start_scale: float = 1.0
     ) -> SwitchingPath:
         """Law of the path; its first bins are normal about zero with standard deviation ``start_scale``."""
-        drift, push = steps.bias.unsqueeze(-3), None
+        drift = steps.bias.unsqueeze(-3)
+        push = None if steps.recurrence_bias is None else steps.recurrence_bias.unsqueeze(-2)  # the same in all bins
         if steps.input_gain is not None and recording.inputs is not None:
             later = recording.inputs[:, 1:]
             driven = later @ steps.input_gain.flatten(-3, -2).mT
             drift = drift + driven.unflatten(-1, steps.bias.shape[-2:])
             if steps.mode_gain is not None:
-                push = later @ steps.mode_gain.mT
+                driven = later @ steps.mode_gain.mT
+                push = driven if push is None else driven + push
         tiny = torch.finfo(torch.float64).tiny
         eye = torch.eye(self.latent_dim, dtype=torch.float64, device=recording.device)
         return SwitchingPath(

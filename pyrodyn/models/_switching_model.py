@@ -39,6 +39,7 @@ class SwitchingParameters(NamedTuple):
     process_noise: Tensor  # (mode, latent, latent), covariances
     input_gain: Tensor | None  # (mode, latent, input)
     recurrence: Tensor | None  # (mode, latent)
+    recurrence_bias: Tensor | None  # (mode)
     mode_gain: Tensor | None  # (mode, input)
     loading: Tensor  # (unit, latent)
     offset: Tensor  # (unit)

@@ -46,8 +46,8 @@ class StepMoves:
         if self.prior.recurrent and self.prior.switches:
             held["recurrence_variance"] = sites["recurrence_variance"].clone()
             spread = sites["recurrence_variance"].sqrt()[:, None, None]
-            parts = [sites["slopes"]] + ([sites["input_slopes"]] if self.prior.num_inputs else [])
-            held["slopes"] = spread * torch.cat(parts, -1)
+            inputs = [sites["input_slopes"]] if self.prior.num_inputs else []
+            held["slopes"] = spread * torch.cat([sites["slopes"], *inputs, sites["borders"]], -1)
         return held
 
     def steps(self, state: State) -> ModeSteps:
@@ -56,15 +56,14 @@ class StepMoves:
         def of_trials(name: str) -> Tensor | None:
             return state[name].unsqueeze(1) if name in state else None
 
-        recurrence = mode_gain = None
+        recurrence = border = mode_gain = None
         if "slopes" in state:
-            whole = self.prior.contrasts @ state["slopes"]
-            recurrence = whole[..., : self.prior.latent_dim].unsqueeze(1)
-            if self.prior.num_inputs:
-                mode_gain = (whole[..., self.prior.latent_dim :] / self.input_scale).unsqueeze(1)
+            recurrence, border, mode_gain = self.prior.pushes(state["slopes"].unsqueeze(1), self.input_scale)
         parts: Any = {name: of_trials(name) for name in ("dynamics", "bias", "process_noise", "input_gain", "initial")}
         transition = torch.softmax(state["table"].unsqueeze(1), -1)
-        return ModeSteps(**parts, transition=transition, recurrence=recurrence, mode_gain=mode_gain)
+        return ModeSteps(
+            **parts, transition=transition, recurrence=recurrence, recurrence_bias=border, mode_gain=mode_gain
+        )
 
     def sites(self, state: State, steps: ModeSteps) -> dict[str, Tensor]:
         """The prior's sites (chain, *event) for steps (chain, 1, *event), their modes numbered by the aim."""
@@ -127,11 +126,7 @@ class StepMoves:
             rows = prior.counts + transition_counts(modes, prior.modes, self.inside)
             state["table"] = draw_dirichlet(rows).log()
             return
-        features = path[..., :-1, :]
-        if self.inputs is not None:
-            driven = (self.inputs[:, 1:] / self.input_scale).expand(len(features), -1, -1, -1)
-            features = torch.cat([features, driven], -1)
-        features = features.flatten(1, 2)
+        features = push_features(path, self.inputs, self.input_scale)
         precision = state["recurrence_variance"].reciprocal().unsqueeze(-1).expand(-1, features.shape[-1])
         logits = StateLogits(
             modes[..., :-1].flatten(1), modes[..., 1:].flatten(1), self.inside[:, 1:].flatten(), features,
@@ -143,6 +138,14 @@ class StepMoves:
         rate = rate + 0.5 * slopes.square().sum((-2, -1))
         gamma = torch._standard_gamma(torch.full_like(rate, shape + 0.5 * slopes[0].numel()))
         state["recurrence_variance"] = rate / gamma
+
+
+def push_features(path: Tensor, inputs: Tensor | None, input_scale: Tensor) -> Tensor:
+    """What the logits of modes depend on, (chain, step, feature): the state before, the inputs then, and a one."""
+    parts = [path[..., :-1, :]]
+    if inputs is not None:
+        parts.append((inputs[:, 1:] / input_scale).expand(len(path), -1, -1, -1))
+    return torch.cat([*parts, torch.ones_like(parts[0][..., :1])], -1).flatten(1, 2)
 
 
 def flat(value: Tensor, dims: int, groups: int) -> Tensor:

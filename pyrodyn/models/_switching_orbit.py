@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyrodyn.conditionals.transitions import elliptical_slice
 from pyrodyn.linalg.matrix import cholesky
 from pyrodyn.models._switching_moves import State
 
@@ -115,7 +114,7 @@ def _log_prior(sweep: SwitchingSweep, held: State, state: State, second: Tensor)
 
 
 def shift_latents(sweep: SwitchingSweep, state: State) -> None:
-    """A shift s of the latents, from its conditional: normal, but for the table of transitions that depend on them."""
+    """A shift s of the latents, from its conditional, which is normal."""
     prior, dim = sweep.prior, sweep.prior.latent_dim
     eye = torch.eye(dim, dtype=torch.float64)
     first, loading = state["path"][:, :, 0], state["loading"]
@@ -129,22 +128,17 @@ def shift_latents(sweep: SwitchingSweep, state: State) -> None:
         - first.sum(1)
         - (state["bias"].flatten(1).unsqueeze(-2) @ flat).squeeze(-2) / prior.bias_scale**2
     )
+    if "slopes" in state:  # the borders between modes go along
+        slopes, weight = state["slopes"][..., :dim], state["recurrence_variance"].reciprocal().unsqueeze(-1)
+        hessian = hessian + weight.unsqueeze(-1) * slopes.mT @ slopes
+        slope = slope + weight * (slopes.mT @ state["slopes"][..., -1:]).squeeze(-1)
     root = cholesky(hessian)
-    centre = torch.cholesky_solve(slope.unsqueeze(-1), root).squeeze(-1)
-    noise = torch.randn_like(centre).unsqueeze(-1)
-    drawn = torch.linalg.solve_triangular(root.mT, noise, upper=True).squeeze(-1)
+    noise = torch.linalg.solve_triangular(root.mT, torch.randn_like(slope).unsqueeze(-1), upper=True).squeeze(-1)
+    shift = torch.cholesky_solve(slope.unsqueeze(-1), root).squeeze(-1) + noise
     if "slopes" in state:
-        table, slopes = state["table"], prior.contrasts @ state["slopes"][..., :dim]
-        counts = prior.counts
-
-        def rest(shift: Tensor) -> Tensor:
-            moved = table - (slopes @ shift.unsqueeze(-1)).squeeze(-1).unsqueeze(-2)
-            return (counts * moved - moved.exp()).sum((-2, -1))
-
-        shift = elliptical_slice(torch.zeros_like(centre), centre, drawn, rest)
-        state["table"] = table - (slopes @ shift.unsqueeze(-1)).squeeze(-1).unsqueeze(-2)
-    else:
-        shift = centre + drawn
+        slopes = state["slopes"]
+        border = slopes[..., -1:] - slopes[..., :dim] @ shift.unsqueeze(-1)
+        state["slopes"] = torch.cat([slopes[..., :-1], border], -1)
     state["path"] = state["path"] + shift[:, None, None]
     state["bias"] = state["bias"] + (pulled @ shift[:, None, :, None]).squeeze(-1)
     state["offset"] = state["offset"] - (loading @ shift.unsqueeze(-1)).squeeze(-1)

@@ -25,6 +25,7 @@ from pyrodyn.linalg import mode_log_normaliser
 from pyrodyn.linalg.taming import lagged_radius
 from pyrodyn.models._switching import RECURRENCE, SCALE, StepPrior
 from pyrodyn.models._switching_checks import inside_of
+from pyrodyn.models._switching_moves import push_features
 from pyrodyn.models._switching_steps import ModeSteps, rotated
 from pyrodyn.readouts import AffineReadout
 from pyrodyn.recording import Recording
@@ -138,6 +139,7 @@ def _linear(one: StepPrior, model: SwitchingModel, recording: Recording) -> Fit:
         torch.zeros(1, 1, 1, dim, dtype=torch.float64),
         (torch.eye(dim, dtype=torch.float64) - dynamics @ dynamics.mT)[None, None, None],
         None if not one.num_inputs else torch.zeros(1, 1, 1, dim, one.num_inputs, dtype=torch.float64),
+        None,
         None,
         None,
     )
@@ -329,6 +331,7 @@ def _maximise(
         None if not prior.num_inputs else found[..., wide + 1 :, :].mT.unsqueeze(1),
         None,
         None,
+        None,
     )
     return steps, scale, precision
 
@@ -346,12 +349,11 @@ def initial_sites(prior: StepPrior, fit: Fit, recording: Recording, turn: Tensor
     steps, variance = fit.steps, None
     if prior.recurrent and prior.switches:
         table, weights, variance = _slopes(prior, fit, recording)
-        whole = (prior.contrasts @ weights).unsqueeze(1)
-        dim = prior.latent_dim
-        gain = whole[..., dim:] / recording.input_scale if prior.num_inputs else None
+        recurrence, border, gain = prior.pushes(weights.unsqueeze(1), _input_scale(recording))
         steps = steps._replace(
-            transition=torch.softmax(table, -1).unsqueeze(1), recurrence=whole[..., :dim], mode_gain=gain
-        )
+            transition=torch.softmax(table, -1).unsqueeze(1), recurrence=recurrence, recurrence_bias=border,
+            mode_gain=gain,
+        )  # fmt: skip
     steps = rotated(steps, turn)
     found = prior.sites(
         steps.map(lambda part: part[0, 0]),
@@ -365,11 +367,8 @@ def initial_sites(prior: StepPrior, fit: Fit, recording: Recording, turn: Tensor
 def _slopes(prior: StepPrior, fit: Fit, recording: Recording) -> tuple[Tensor, Tensor, Tensor]:
     """Log table (start, mode, mode), weights (start, mode - 1, feature) and their prior variance (start,) of state
     logits, near their mode given the most probable mode of every bin."""
-    modes, features = fit.weight.argmax(-1), fit.path[..., :-1, :]
-    if recording.inputs is not None:
-        driven = (recording.inputs[:, 1:] / recording.input_scale).expand(len(features), -1, -1, -1)
-        features = torch.cat([features, driven], -1)
-    features = features.flatten(1, 2)
+    modes = fit.weight.argmax(-1)
+    features = push_features(fit.path, recording.inputs if prior.num_inputs else None, _input_scale(recording))
     variance = torch.ones(len(features), dtype=torch.float64)
     table = weights = torch.zeros(0)
     for _ in range(5):

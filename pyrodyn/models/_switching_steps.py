@@ -22,6 +22,7 @@ class ModeSteps(NamedTuple):
     process_noise: Tensor  # (mode, latent, latent), covariances
     input_gain: Tensor | None  # (mode, latent, input)
     recurrence: Tensor | None  # (mode, latent): what the state adds to the logit of the next mode
+    recurrence_bias: Tensor | None  # (mode): what is added to it in every state, so that borders may lie anywhere
     mode_gain: Tensor | None  # (mode, input): what an input adds to it
 
     def map(self, change: Callable[[Tensor], Tensor]) -> ModeSteps:
@@ -58,6 +59,7 @@ def permuted(steps: ModeSteps, order: Tensor) -> ModeSteps:
         of(steps.process_noise, 3),
         of(steps.input_gain, 3),
         of(steps.recurrence, 2),
+        of(steps.recurrence_bias, 1),
         of(steps.mode_gain, 2),
     )
 
@@ -113,6 +115,8 @@ def mode_summaries(steps: ModeSteps, loading: Tensor) -> Labelled:
             size = steps.recurrence.square().sum(-1).sqrt()
             found["recurrence_size"] = (("mode",), size.sort(-1, descending=True).values)
             found["recurrence_by_drift"] = (("unit",), ((steps.recurrence @ loading.mT) * drift).mean(-2))
+        if steps.recurrence_bias is not None:
+            found["border_by_drift"] = (("unit",), (steps.recurrence_bias.unsqueeze(-1) * drift).mean(-2))
             if steps.mode_gain is not None:
                 pushed = steps.mode_gain.unsqueeze(-2) * drift.unsqueeze(-1)
                 found["mode_gain_by_drift"] = (("unit", "input"), pushed.mean(-3))
@@ -130,6 +134,7 @@ def step_labels(steps: ModeSteps, dim: str) -> Labelled:
         "process_noise": (square, steps.process_noise),
         "input_gain": (("mode", dim, "input"), steps.input_gain),
         "recurrence": (("mode", dim), steps.recurrence),
+        "recurrence_bias": (("mode",), steps.recurrence_bias),
         "mode_gain": (("mode", "input"), steps.mode_gain),
     }
     return {name: (dims, value) for name, (dims, value) in labelled.items() if value is not None}

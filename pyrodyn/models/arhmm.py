@@ -34,12 +34,12 @@ class ARHMM(Renumbered, IntegratedModel):
     With :math:`\tilde y` the observations in units of `Recording.scale` about `Recording.center`,
 
     .. math::
-        z_t \mid z_{t-1}, y_{t-1} &\sim \mathrm{softmax}\big(\log P_{z_{t-1}} + R \tilde y_{t-1} + W u_t\big), \\
+        z_t \mid z_{t-1}, y_{t-1} &\sim \mathrm{softmax}\big(\log P_{z_{t-1}} + R \tilde y_{t-1} + r + W u_t\big), \\
         \tilde y_t &= \sum_{l=1}^{L} A^{(l)}_{z_t} \tilde y_{t-l} + b_{z_t} + B_{z_t} u_t + \epsilon_t, \qquad
         \epsilon_t \sim N(0, Q_{z_t}),
 
-    the first L bins of a trial being standard normal. R and W are there with ``recurrent`` alone. Priors are those of
-    `pyrodyn.models._switching.StepPrior`. Modes are summed out by the forward algorithm, exactly.
+    the first L bins of a trial being standard normal. R, r and W are there with ``recurrent`` alone. Priors are those
+    of `pyrodyn.models._switching.StepPrior`. Modes are summed out by the forward algorithm, exactly.
 
     Parameters
     ----------

@@ -29,14 +29,14 @@ class MultiRegionSwitchingLDS(SwitchingModel):
     With :math:`x^r` the latents of region r, and x those of all regions,
 
     .. math::
-        z_t \mid z_{t-1}, x_{t-1} &\sim \mathrm{softmax}\big(\log P_{z_{t-1}} + R x_{t-1} + W u_t\big), \\
+        z_t \mid z_{t-1}, x_{t-1} &\sim \mathrm{softmax}\big(\log P_{z_{t-1}} + R x_{t-1} + r + W u_t\big), \\
         x^r_1 &\sim N(0, I), \qquad
         x^r_t = A^{z_t}_{rr} x^r_{t-1} + \sum_{s \to r} A^{z_t}_{rs} x^s_{t-1} + b^{z_t}_r + B^{z_t}_r u_t
             + \epsilon^r_t, \qquad \epsilon^r_t \sim N(0, Q^{z_t}_r), \\
         \eta_t^r &= C_r x^r_t + d_r, \qquad y_{t,n} \sim p(\cdot \mid \eta_{t,n}).
 
-    R and W are there with ``recurrent`` alone. Given the path the modes are summed out exactly, as in `SwitchingLDS`;
-    with one mode it is a linear system of coupled regions with a bias.
+    R, r and W are there with ``recurrent`` alone. Given the path the modes are summed out exactly, as in
+    `SwitchingLDS`; with one mode it is a linear system of coupled regions with a bias.
 
     **Gauge.** The rotation of each region's latents is fixed by a loading that is lower triangular in pivot units, as
     in `MultiRegionLDS`, and the priors of blocks are invariant under it. The numbers of the modes are exchangeable.

@@ -21,12 +21,12 @@ class SwitchingLDS(SwitchingModel):
     r"""Switching linear dynamical system with any readout; with ``recurrent``, modes that depend on the state.
 
     .. math::
-        z_t \mid z_{t-1}, x_{t-1} &\sim \mathrm{softmax}\big(\log P_{z_{t-1}} + R x_{t-1} + W u_t\big), \\
+        z_t \mid z_{t-1}, x_{t-1} &\sim \mathrm{softmax}\big(\log P_{z_{t-1}} + R x_{t-1} + r + W u_t\big), \\
         x_1 &\sim N(0, I), \qquad x_t = A_{z_t} x_{t-1} + b_{z_t} + B_{z_t} u_t + \epsilon_t, \qquad
         \epsilon_t \sim N(0, Q_{z_t}), \\
         \eta_t &= C x_t + d, \qquad y_{t,n} \sim p(\cdot \mid \eta_{t,n}).
 
-    R and W are there with ``recurrent`` alone. Given the path the modes are summed out exactly (`SwitchingPath`), so
+    R, r and W are there with ``recurrent`` alone. Given the path the modes are summed out exactly (`SwitchingPath`), so
     that the program has no discrete site. Priors are those of `pyrodyn.models._switching.StepPrior`, and for the
     readout those of `LDS`; with one mode it is an LDS with a bias.
 
