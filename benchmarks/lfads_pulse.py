@@ -7,8 +7,10 @@ are of trials that were not fitted, read by the recognition network, which is wh
 from __future__ import annotations
 
 import argparse
+import math
 import time
 import warnings
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +74,11 @@ def divergence(model: models.LFADS, guide: Any, recording: Recording) -> np.ndar
     return found.numpy()
 
 
-def measure(system: systems.System, steps: int, dropout: float) -> list[str]:
+def measure(system: systems.System, steps: int, dropout: float, degrees: float) -> list[str]:
     """One row of the table."""
-    model = models.LFADS(20, generator_dim=64, initial_dim=64, input_dim=1, controller_dim=32)
+    model = models.LFADS(
+        20, generator_dim=64, initial_dim=64, input_dim=1, input_degrees=degrees, controller_dim=32
+    )  # fmt: skip
     train, test = (system.recording.sel(split=name) for name in ("train", "valid"))
     truth = system.truth.sel(trial=test.trial)
     with random_stream(0), double_precision(), pyro.settings.context(module_local_params=True):
@@ -93,6 +97,7 @@ def measure(system: systems.System, steps: int, dropout: float) -> list[str]:
     hit = when >= 0
     missed = np.abs(size.argmax(-1) - when)[hit]
     return [
+        f"{degrees:g}",
         f"{dropout:g}",
         f"{seconds:.0f}",
         f"{rate_r2(truth['rates'].values, expected.numpy()):.3f}",
@@ -107,9 +112,9 @@ def measure(system: systems.System, steps: int, dropout: float) -> list[str]:
 
 
 HEAD = (
-    "dropout", "CPU seconds", "rate R2", f"pulses within {WITHIN} bins (bar 80%)", "median miss, bins",
-    "KL of inputs with a pulse, nats", "without one (bar 20%)", "bits/spike of seen entries", "of hidden ones",
-    "gap (bar .03)",
+    "degrees of freedom", "dropout", "CPU seconds", "rate R2", f"pulses within {WITHIN} bins (bar 80%)",
+    "median miss, bins", "KL of inputs with a pulse, nats", "without one (bar 20%)", "bits/spike of seen entries",
+    "of hidden ones", "gap (bar .03)",
 )  # fmt: skip
 
 
@@ -117,14 +122,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.3, 0.0])
+    parser.add_argument("--degrees", type=float, nargs="+", default=[math.inf, 2.0], help="of freedom of inputs' steps")
     parser.add_argument("--table", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", dyn.FitWarning)
     system = systems.pulsed_rnn(quiet=QUIET)
     rows = []
-    for dropout in options.dropout:
-        rows.append("| " + " | ".join(measure(system, options.steps, dropout)) + " |")
+    for degrees, dropout in product(options.degrees, options.dropout):
+        rows.append("| " + " | ".join(measure(system, options.steps, dropout, degrees)) + " |")
         print(rows[-1], flush=True)
     if options.table:
         given = " ".join(f"{dropout:g}" for dropout in options.dropout)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 import zoo
 from pyro import poutine
@@ -20,7 +22,7 @@ from pyrodyn.networks import recall
 from pyrodyn.program import globals_given, log_joint
 from pyrodyn.recording import Recording
 
-MODEL = models.LFADS(2, generator_dim=4, initial_dim=3, input_dim=2, controller_dim=3)
+MODEL = models.LFADS(2, generator_dim=4, initial_dim=3, input_dim=2, input_degrees=np.inf, controller_dim=3)
 
 
 def logistic(value: np.ndarray) -> np.ndarray:
@@ -67,6 +69,32 @@ def test_inferred_inputs_are_correlated_as_they_say():
         dense = torch.distributions.MultivariateNormal(torch.zeros(6, dtype=torch.float64), covariance)
         total += dense.log_prob(path[..., k])
     torch.testing.assert_close(law.log_prob(path), total, rtol=1e-9, atol=1e-9)
+
+
+def test_inferred_inputs_may_jump():
+    recording = zoo.blank(trials=2, bins=6)
+    values = zoo.prior_draws(MODEL, recording, ())
+    model = replace(MODEL, input_degrees=3.0)
+    law = model.input_law(globals_given(model, values, recording), recording)
+    keep, scale = (values[name].squeeze(0).numpy() for name in ("input_persistence", "input_sd"))
+    with random_stream(0):
+        path = law.expand((40_000,)).sample()
+    value, steps = path.numpy(), path[:, 1:].numpy() - keep * path[:, :-1].numpy()
+    expected = scipy.stats.t(3.0, scale=scale).logpdf(value[:, 0]).sum(-1)
+    of_steps = scipy.stats.t(3.0, scale=scale * np.sqrt(1.0 - keep**2))
+    np.testing.assert_allclose(law.log_prob(path), expected + of_steps.logpdf(steps).sum((-2, -1)), rtol=1e-10)
+    for t in (0, 4):  # a draw's steps are what its density says they are
+        for k in range(2):
+            assert scipy.stats.kstest(of_steps.cdf(steps)[:, t, k], "uniform").pvalue > 1e-3
+
+
+def test_inputs_of_many_degrees_of_freedom_are_gaussian():
+    recording = zoo.blank(trials=2, bins=6)
+    values = zoo.prior_draws(MODEL, recording, ())
+    parameters = globals_given(MODEL, values, recording)
+    gaussian, close = (model.input_law(parameters, recording) for model in (MODEL, replace(MODEL, input_degrees=1e8)))
+    path = gaussian.expand((3,)).sample()
+    torch.testing.assert_close(close.log_prob(path), gaussian.log_prob(path), rtol=1e-6, atol=1e-6)
 
 
 @cache
@@ -158,6 +186,7 @@ def json_note(posterior, name: str) -> str:
     [
         ({"latent_dim": 0}, "latent_dim must be a whole number of at least 1"),
         ({"input_dim": -1}, "input_dim must be a whole number of at least 0"),
+        ({"input_degrees": 0.0}, "input_degrees must be positive"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
         ({"readout": "Poisson"}, "readout must be one of pyrodyn.readouts"),
     ],

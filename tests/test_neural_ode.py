@@ -8,7 +8,7 @@ import torch
 import zoo
 
 import pyrodyn as dyn
-from pyrodyn import drifts, integrators, models, readouts, systems
+from pyrodyn import drifts, inference, integrators, models, readouts, systems
 from pyrodyn.errors import ModelError, SolverError
 from pyrodyn.evaluation import rate_r2
 from pyrodyn.inference.engine import double_precision, random_stream, starting_values
@@ -99,6 +99,15 @@ def test_the_start_finds_a_relaxation_oscillator() -> None:
             rates = model.readout_at(parameters, model.path(parameters, first, system.recording), system.recording).mean
             scores[type(flow).__name__] = rate_r2(system.truth["rates"].values, rates.numpy())
     assert 1.0 - scores["MLP"] < 0.1 * (1.0 - scores["Linear"]), scores
+
+
+@pytest.mark.parametrize("hidden", [2, 60], ids=["full rank", "low rank"])
+def test_a_variational_law_starts_so_narrow_that_draws_of_a_chaotic_flow_stay_together(hidden: int) -> None:
+    recording = spiral(trials=2, bins=8).recording
+    engine = inference.SVI(steps=1, particles=1, draws=50, learning_rate=1e-6)
+    model = models.NeuralODE(2, readouts.Gaussian(), drifts.MLP(hidden=hidden))
+    posterior = dyn.fit(model, recording, engine, seed=0)
+    assert 1e-4 < float(posterior["posterior"]["offset"].std("draw").max()) < 0.02
 
 
 def test_a_path_that_runs_off_is_reported_by_trial_and_time() -> None:

@@ -10,6 +10,7 @@ from pyrodyn.distributions.loading import GaugedLoading
 from pyrodyn.distributions.network import NetworkLayout, NetworkPrior, network_layout
 from pyrodyn.distributions.nonlinear_markov import NonlinearMarkov, Recurrence
 from pyrodyn.distributions.pool import Pool, PoolPrior
+from pyrodyn.distributions.student_steps import StudentSteps
 from pyrodyn.distributions.switching import GivenModes, SwitchingPath
 from pyrodyn.distributions.transition import Transition
 from pyrodyn.distributions.varying import varying_chain
@@ -28,6 +29,7 @@ __all__ = [
     "Pool",
     "PoolPrior",
     "Recurrence",
+    "StudentSteps",
     "SubspaceNormal",
     "SwitchingPath",
     "Transition",

@@ -69,7 +69,8 @@ class SVI:
     guide : callable, optional
         One of `pyrodyn.guides`, or any function of (program, recording, initial values). By default a recognition
         network where what is latent in trials cannot be integrated out and there is such a network for it; otherwise a
-        full-rank Gaussian up to 300 globals and a low-rank one above. `guides.Structured()` samples the path together
+        full-rank Gaussian up to 300 globals and a low-rank one above, which starts as narrow as the model says
+        (``guide_scale``). `guides.Structured()` samples the path together
         with the globals.
     collapse : bool, optional
         None integrates the path out where it can be, unless the guide samples it.
@@ -144,7 +145,7 @@ class SVI:
 
     def _amortises(self, program: Program, recording: Recording) -> bool:
         """Whether a recognition network is the guide because the user asked for nothing else."""
-        asked = self.guide is not None or self.collapse is not None
+        asked = self.guide is not None or self.collapse is not None or hasattr(program, "guide_scale")
         return not asked and not collapses(program, recording) and recognised(program, recording)
 
     def _build(
@@ -157,7 +158,9 @@ class SVI:
         if small and collapsible:
             hessian = negative_hessian(density, vector_of(values, density), "SVI: curvature")
             root, _ = covariance_root(hessian, 1.0)  # no wider than the priors: flat directions are learned
-        factory = factory or (FullRank() if small else LowRank())
+        if factory is None:
+            scale = getattr(program, "guide_scale", None)
+            factory = (FullRank if small else LowRank)(**({} if scale is None else {"initial_scale": scale}))
         guide = factory(treated, recording, Start(values, root))
         guide(recording)  # Pyro builds an autoguide's parameters at its first call
         return guide, factory

@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyrodyn.distributions import GaussMarkov
+from pyrodyn.distributions import GaussMarkov, StudentSteps
 from pyrodyn.errors import ModelError
 from pyrodyn.models._lfads_recognition import INITIAL_DIMS, INPUT_DIMS, LFADSRecognition
 from pyrodyn.models._startup import linear_start
@@ -63,7 +63,7 @@ class LFADS(TrialModel):
 
     .. math::
         z_i &\sim N(0, I), \quad g_0 = W z_i + b, \qquad g_t = \mathrm{GRU}(g_{t-1};\, V u_t + B v_t), \\
-        u_{t,k} &= a_k u_{t-1,k} + s_k (1 - a_k^2)^{1/2} \epsilon_{t,k}, \\
+        u_{t,k} &= a_k u_{t-1,k} + s_k (1 - a_k^2)^{1/2} \epsilon_{t,k}, \qquad \epsilon \sim t_\nu, \\
         f_t &= F g_t, \qquad \eta_t = C f_t + d, \qquad y_{t,n} \sim p(\cdot \mid \eta_{t,n}).
 
     What differs between trials is the initial code z and, with ``input_dim`` above zero, the inferred inputs u; v are
@@ -86,6 +86,10 @@ class LFADS(TrialModel):
         Entries of z.
     input_dim : int
         Inferred inputs; with none the generator is autonomous and there is no controller.
+    input_degrees : float
+        :math:`\nu`, degrees of freedom of the inputs' steps; infinite makes them Gaussian. Few let an input jump. Under
+        a Gaussian law small inputs that come early, and grow along the generator's unstable directions, cost less than
+        the sudden one that was there.
     controller_dim : int
         Units of the controller, in the guide.
     readout : Readout
@@ -96,13 +100,14 @@ class LFADS(TrialModel):
     References
     ----------
     Pandarinath et al., Nat. Methods 15:805 (2018); Keshtkaran & Pandarinath, NeurIPS 2019 (dropout); Keshtkaran et al.,
-    Nat. Methods 19:1572 (2022).
+    Nat. Methods 19:1572 (2022); Schimel et al., ICLR 2022 (inputs under Student's t).
     """
 
     latent_dim: int
     generator_dim: int = 64
     initial_dim: int = 32
     input_dim: int = 0
+    input_degrees: float = 2.0
     controller_dim: int = 64
     readout: Readout = field(default_factory=Poisson)
     dropout: float = 0.3
@@ -113,6 +118,8 @@ class LFADS(TrialModel):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ModelError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if not self.input_degrees > 0.0:
+            raise ModelError(f"input_degrees must be positive, got {self.input_degrees!r}")
         if not isinstance(self.readout, Readout):
             raise ModelError(f"readout must be one of pyrodyn.readouts, such as Poisson(), got {self.readout!r}")
         if not 0.0 <= self.dropout < 1.0:
@@ -156,9 +163,13 @@ class LFADS(TrialModel):
         law = self._readout_law(parameters, self._factors(parameters, local, recording), recording)
         return pyro.sample("observations", law, obs=recording.observations, infer=OBSERVATION_DIMS)
 
-    def input_law(self, parameters: LFADSParameters, recording: Recording) -> GaussMarkov:
+    def input_law(self, parameters: LFADSParameters, recording: Recording) -> GaussMarkov | StudentSteps:
         """The prior of the inferred inputs: event (time, inferred_input), batch (*draw, 1) or ()."""
         assert parameters.input_sd is not None and parameters.input_persistence is not None
+        if math.isfinite(self.input_degrees):
+            return StudentSteps(
+                parameters.input_persistence, parameters.input_sd, self.input_degrees, num_bins=recording.num_bins
+            )
         variance = parameters.input_sd.square()
         return GaussMarkov.from_dynamics(
             torch.diag_embed(parameters.input_persistence),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -66,6 +66,11 @@ class NeuralODE(FlowModel, TrialModel):
     integrator: Integrator = field(default_factory=FixedStep)
 
     initial_sd = INITIAL_SD
+
+    guide_scale: ClassVar[float] = 0.003
+    """First states are guided trial by trial, along with the globals, by a Gaussian that starts so narrow. Errors add
+    up along a flow: a recognition network does not hit first states well enough, and wider draws leave a chaotic
+    attractor, the gradients with them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
