@@ -77,9 +77,8 @@ def divergence(model: models.LFADS, guide: Any, recording: Recording) -> np.ndar
 def measure(steps: int, dropout: float, degrees: float, seed: int) -> list[str]:
     """One row of the table."""
     system = systems.pulsed_rnn(quiet=QUIET, seed=seed)
-    model = models.LFADS(
-        20, generator_dim=64, initial_dim=64, input_dim=1, input_degrees=degrees, controller_dim=32
-    )  # fmt: skip
+    known = None if math.isinf(degrees) else degrees  # of Student's steps
+    model = models.LFADS(20, generator_dim=64, initial_dim=64, input_dim=1, input_degrees=known, controller_dim=32)
     train, test = (system.recording.sel(split=name) for name in ("train", "valid"))
     truth = system.truth.sel(trial=test.trial)
     with random_stream(0), double_precision(), pyro.settings.context(module_local_params=True):
@@ -101,6 +100,7 @@ def measure(steps: int, dropout: float, degrees: float, seed: int) -> list[str]:
         f"{seed}",
         f"{degrees:g}",
         f"{dropout:g}",
+        f"{steps}",
         f"{seconds:.0f}",
         f"{rate_r2(truth['rates'].values, expected.numpy()):.3f}",
         f"{100 * (missed <= WITHIN).mean():.0f}%",
@@ -114,9 +114,9 @@ def measure(steps: int, dropout: float, degrees: float, seed: int) -> list[str]:
 
 
 HEAD = (
-    "network", "degrees of freedom", "dropout", "CPU seconds", "rate R2", f"pulses within {WITHIN} bins (bar 80%)",
-    "median miss, bins", "KL of inputs with a pulse, nats", "without one (bar 20%)", "bits/spike of seen entries",
-    "of hidden ones", "gap (bar .03)",
+    "network", "degrees of freedom", "dropout", "steps", "CPU seconds", "rate R2",
+    f"pulses within {WITHIN} bins (bar 80%)", "median miss, bins", "KL of inputs with a pulse, nats",
+    "without one (bar 20%)", "bits/spike of seen entries", "of hidden ones", "gap (bar .03)",
 )  # fmt: skip
 
 
@@ -135,11 +135,12 @@ def main() -> None:
         rows.append("| " + " | ".join(measure(options.steps, dropout, degrees, seed)) + " |")
         print(rows[-1], flush=True)
     if options.table:
-        given = " ".join(f"{dropout:g}" for dropout in options.dropout)
+        names = ("dropout", "degrees", "seeds")
+        given = " ".join(f"--{name} {' '.join(f'{v:g}' for v in getattr(options, name))}" for name in names)
         write(
             options.table,
             "A hidden pulse in a chaotic network, found by LFADS",
-            f"Made by `python benchmarks/lfads_pulse.py --steps {options.steps} --dropout {given} --table "
+            f"Made by `python benchmarks/lfads_pulse.py --steps {options.steps} {given} --table "
             "docs/tables/lfads_pulse.md`.",
             f"`systems.pulsed_rnn(quiet={QUIET})`: 1,300 trials of 100 bins, 50 units at 15 spikes/s, a pulse at an "
             "unknown bin in four trials of five. Fitted to eight repeats of each start, scored on the other two (260 "

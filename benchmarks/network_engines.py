@@ -30,7 +30,6 @@ HMC = inference.HMC(draws=30, warmup=60, chains=4)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--table", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -38,11 +37,11 @@ def main() -> None:
     system = systems.van_der_pol(trials=TRIALS, bins=BINS, units=UNITS, readout="poisson", mean_count=1.0)
     truth = system.truth["rates"].values
     rows = []
-    for name in options.models:
+    for name, model in MODELS.items():
         rates, cells = [], []
         for engine in (inference.SVI(), HMC):
             began = time.process_time()
-            posterior = dyn.fit(MODELS[name], system.recording, engine, seed=0)
+            posterior = dyn.fit(model, system.recording, engine, seed=0)
             seconds = time.process_time() - began
             rates.append(dyn.predict(posterior, system.recording, draws=50)["expected"].values)
             cells.append(f"{seconds:.0f} | {rate_r2(truth, rates[-1]):.3f}")

@@ -22,7 +22,7 @@ from pyrodyn.networks import recall
 from pyrodyn.program import globals_given, log_joint
 from pyrodyn.recording import Recording
 
-MODEL = models.LFADS(2, generator_dim=4, initial_dim=3, input_dim=2, input_degrees=np.inf, controller_dim=3)
+MODEL = models.LFADS(2, generator_dim=4, initial_dim=3, input_dim=2, input_degrees=None, controller_dim=3)
 
 
 def logistic(value: np.ndarray) -> np.ndarray:
@@ -186,7 +186,8 @@ def json_note(posterior, name: str) -> str:
     [
         ({"latent_dim": 0}, "latent_dim must be a whole number of at least 1"),
         ({"input_dim": -1}, "input_dim must be a whole number of at least 0"),
-        ({"input_degrees": 0.0}, "input_degrees must be positive"),
+        ({"input_degrees": 0.0}, "input_degrees must be a positive number"),
+        ({"input_degrees": "2"}, "input_degrees must be a positive number, got '2'"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
         ({"readout": "Poisson"}, "readout must be one of pyrodyn.readouts"),
     ],

@@ -102,12 +102,22 @@ def test_the_start_finds_a_relaxation_oscillator() -> None:
 
 
 @pytest.mark.parametrize("hidden", [2, 60], ids=["full rank", "low rank"])
-def test_a_variational_law_starts_so_narrow_that_draws_of_a_chaotic_flow_stay_together(hidden: int) -> None:
+def test_the_variational_law_of_a_flow_starts_narrow(hidden: int) -> None:
     recording = spiral(trials=2, bins=8).recording
     engine = inference.SVI(steps=1, particles=1, draws=50, learning_rate=1e-6)
     model = models.NeuralODE(2, readouts.Gaussian(), drifts.MLP(hidden=hidden))
     posterior = dyn.fit(model, recording, engine, seed=0)
     assert 1e-4 < float(posterior["posterior"]["offset"].std("draw").max()) < 0.02
+
+
+def test_batches_of_trials_bring_a_recognition_network() -> None:
+    recording = spiral(trials=4, bins=8).recording
+    training = inference.Training(batch=2)
+    posterior = dyn.fit(
+        models.NeuralODE(2, readouts.Gaussian(), drifts.MLP(hidden=2)), recording,
+        inference.SVI(steps=2, particles=1, draws=2, training=training), seed=0,
+    )  # fmt: skip
+    assert "recognition network" in str(posterior.attrs)
 
 
 def test_a_path_that_runs_off_is_reported_by_trial_and_time() -> None:

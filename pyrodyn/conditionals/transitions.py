@@ -73,7 +73,7 @@ class StateLogits:
     seen : Tensor of bool, (step,) or None
         Steps that count.
     features : Tensor, (chain, step, feature)
-        :math:`\xi`: the state before the step, and the input into it.
+        :math:`\xi`: the state before the step, the input into it, and a one.
     contrasts : Tensor, (mode, mode - 1)
         H, columns that sum to zero.
     concentration : Tensor, (mode, mode)

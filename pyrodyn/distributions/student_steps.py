@@ -45,10 +45,11 @@ class StudentSteps(TorchDistribution):
     def rsample(self, sample_shape=torch.Size()) -> Tensor:  # noqa: B008 (torch's own signature)
         drawn = StudentT(self.scale.new_tensor(self.degrees)).rsample(self._extended_shape(sample_shape))
         first, later = self.scale.unsqueeze(-2) * drawn[..., :1, :], self._step * drawn[..., 1:, :]
-        bins = torch.arange(self.event_shape[0], device=drawn.device)
-        age = bins.unsqueeze(-1) - bins  # of a step, in every bin
-        left = self.persistence[..., None, None] ** age.clamp(min=0) * (age >= 0)  # (*batch, latent, time, time)
-        return (left @ torch.cat([first, later], -2).mT.unsqueeze(-1)).squeeze(-1).mT
+        path, left, reach = torch.cat([first, later], -2), self.persistence.unsqueeze(-2), 1
+        while reach < self.event_shape[0]:  # each bin holds what is left of its last ``reach`` steps
+            path = path + left * torch.nn.functional.pad(path[..., :-reach, :], (0, 0, reach, 0))
+            left, reach = left.square(), 2 * reach
+        return path
 
     def log_prob(self, value: Tensor) -> Tensor:
         steps = value[..., 1:, :] - self.persistence.unsqueeze(-2) * value[..., :-1, :]

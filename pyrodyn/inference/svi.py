@@ -145,7 +145,9 @@ class SVI:
 
     def _amortises(self, program: Program, recording: Recording) -> bool:
         """Whether a recognition network is the guide because the user asked for nothing else."""
-        asked = self.guide is not None or self.collapse is not None or hasattr(program, "guide_scale")
+        asked = self.guide is not None or self.collapse is not None
+        if hasattr(program, "guide_scale"):  # trial by trial is better, unless trials have to be seen apart
+            asked = asked or self.training is None or not self.training.by_trial
         return not asked and not collapses(program, recording) and recognised(program, recording)
 
     def _build(

@@ -189,12 +189,10 @@ class StepPrior:
         if self.recurrent and self.switches:
             shape, rate = (one.squeeze(0) * part for part in RECURRENCE)
             spread = pyro.sample("recurrence_variance", dist.InverseGamma(shape, rate)).sqrt()[..., None, None]
-            basis = self.contrasts.to(device)
-            recurrence = basis @ (spread * normal("slopes", 0.0, 1.0, modes - 1, dim))
-            border = (basis @ (spread * normal("borders", 0.0, 1.0, modes - 1, 1))).squeeze(-1)
-            if self.num_inputs:
-                slopes = spread * normal("input_slopes", 0.0, 1.0, modes - 1, self.num_inputs)
-                mode_gain = basis @ slopes / recording.input_scale
+            slopes, borders = normal("slopes", 0.0, 1.0, modes - 1, dim), normal("borders", 0.0, 1.0, modes - 1, 1)
+            inputs = [normal("input_slopes", 0.0, 1.0, modes - 1, self.num_inputs)] if self.num_inputs else []
+            weights = spread * torch.cat([slopes, *inputs, borders], -1)
+            recurrence, border, mode_gain = self.pushes(weights, recording.input_scale if self.num_inputs else one)
         return ModeSteps(
             initial, transition, tame(free, self.max_radius), bias,
             self.blocks.diagonal([process_noise(root, scale) for root in roots]), gain, recurrence, border, mode_gain,
@@ -202,7 +200,7 @@ class StepPrior:
 
     def pushes(self, slopes: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """R, r and W from free weights (*batch, mode - 1, feature) of latents, inputs and a one."""
-        whole, dim = self.contrasts @ slopes, self.latent_dim
+        whole, dim = self.contrasts.to(slopes.device) @ slopes, self.latent_dim
         gain = whole[..., dim:-1] / input_scale if self.num_inputs else None
         return whole[..., :dim], whole[..., -1], gain
 

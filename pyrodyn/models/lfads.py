@@ -86,8 +86,8 @@ class LFADS(TrialModel):
         Entries of z.
     input_dim : int
         Inferred inputs; with none the generator is autonomous and there is no controller.
-    input_degrees : float
-        :math:`\nu`, degrees of freedom of the inputs' steps; infinite makes them Gaussian. Few let an input jump. Under
+    input_degrees : float, optional
+        :math:`\nu`, degrees of freedom of the inputs' steps; None makes them Gaussian. Few let an input jump. Under
         a Gaussian law small inputs that come early, and grow along the generator's unstable directions, cost less than
         the sudden one that was there.
     controller_dim : int
@@ -107,7 +107,7 @@ class LFADS(TrialModel):
     generator_dim: int = 64
     initial_dim: int = 32
     input_dim: int = 0
-    input_degrees: float = 2.0
+    input_degrees: float | None = 2.0
     controller_dim: int = 64
     readout: Readout = field(default_factory=Poisson)
     dropout: float = 0.3
@@ -118,8 +118,12 @@ class LFADS(TrialModel):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ModelError(f"{name} must be a whole number of at least {least}, got {value!r}")
-        if not self.input_degrees > 0.0:
-            raise ModelError(f"input_degrees must be positive, got {self.input_degrees!r}")
+        degrees = self.input_degrees
+        if degrees is not None and not (isinstance(degrees, int | float) and 0.0 < degrees < math.inf):
+            raise ModelError(
+                f"input_degrees must be a positive number, got {degrees!r}: 2 lets inputs jump, and None makes their "
+                "steps Gaussian"
+            )
         if not isinstance(self.readout, Readout):
             raise ModelError(f"readout must be one of pyrodyn.readouts, such as Poisson(), got {self.readout!r}")
         if not 0.0 <= self.dropout < 1.0:
@@ -166,7 +170,7 @@ class LFADS(TrialModel):
     def input_law(self, parameters: LFADSParameters, recording: Recording) -> GaussMarkov | StudentSteps:
         """The prior of the inferred inputs: event (time, inferred_input), batch (*draw, 1) or ()."""
         assert parameters.input_sd is not None and parameters.input_persistence is not None
-        if math.isfinite(self.input_degrees):
+        if self.input_degrees is not None:
             return StudentSteps(
                 parameters.input_persistence, parameters.input_sd, self.input_degrees, num_bins=recording.num_bins
             )
