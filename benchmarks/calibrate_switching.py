@@ -127,8 +127,7 @@ def number(bins: int, seed: int) -> str:
         )  # fmt: skip
     rows = [table.sel(model=f"num_modes={k}") for k in NUMBERS]
     shown = " | ".join(f"{float(row['difference']):.1f} ({float(row['dse']):.1f})" for row in rows)
-    # As good as the best but for chance: fewer modes are preferred where the difference is not clear.
-    least = min(k for k, row in zip(NUMBERS, rows, strict=True) if -row["difference"] <= CLEAR * row["dse"])
+    least = comparison.fewest(table, "num_modes", CLEAR)
     seconds = time.perf_counter() - began
     return f"| {bins} | {seed} | {shown} | {int(table['num_modes'][0])} | {least} | {seconds:.0f} |"
 

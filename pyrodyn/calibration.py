@@ -101,15 +101,7 @@ def calibrate(
     if program is None:
         program = collapse(model) if collapsing else model
     with double_precision(), torch.no_grad():
-        with random_stream(seed), pyro.plate("replicate", replicates, dim=-2):
-            trace = poutine.trace(model).get_trace(blank)
-        sites: dict[str, Any] = {name: site["value"] for name, site in trace.nodes.items() if is_random(site)}
-        observations = sites.pop("observations")
-        if like.mask is not None:
-            observations = torch.where(like.mask, observations, 0.0)  # hidden entries are 0, as in a recording
-        observations = observations.unsqueeze(1)  # (replicate, 1, trial, time, unit)
-        if collapsing:
-            sites.pop("latent", None)
+        sites, observations = simulated(model, like, replicates, seed)
         # An engine that was told to sample the path does so for one recording at a time.
         if isinstance(engine, ReplicatingEngine) and getattr(engine, "collapse", None) is not False:
             parts = list(_batched(model, blank, engine, program, sites, observations, seed))
@@ -130,6 +122,23 @@ def calibrate(
             seed=seed,
         )
     )
+
+
+def simulated(model: LatentModel, like: Recording, replicates: int, seed: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Sites (replicate, 1 or trial, *event) drawn from the prior, and observations (replicate, 1, trial, time, unit).
+
+    The path is among the sites where it cannot be integrated out.
+    """
+    blank = like.blank()
+    with double_precision(), torch.no_grad(), random_stream(seed), pyro.plate("replicate", replicates, dim=-2):
+        trace = poutine.trace(model).get_trace(blank)
+    sites: dict[str, Any] = {name: site["value"] for name, site in trace.nodes.items() if is_random(site)}
+    observations = sites.pop("observations")
+    if like.mask is not None:
+        observations = torch.where(like.mask, observations, 0.0)  # hidden entries are 0, as in a recording
+    if collapses(model, blank):
+        sites.pop("latent", None)
+    return sites, observations.unsqueeze(1)
 
 
 def summarise(places: dict[str, np.ndarray]) -> xr.Dataset:

@@ -254,6 +254,7 @@ def test_a_grid_is_fitted_compared_and_resumed(tmp_path):
     table = dyn.select(factory, grid, recording, engine, method=method, folder=tmp_path)
     assert table.sizes["model"] == 4 and set(table["latent_dim"].values) == {1, 2}
     assert str(table["model"].values[0]).startswith(f"latent_dim={int(table['latent_dim'][0])}, dynamics_scale=")
+    assert comparison.fewest(table, "latent_dim") == 1  # the data are from one latent
     files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert len(files) == 4 and all(path.suffix == ".nc" for path in files)
     (tmp_path / "latent_dim=2,_dynamics_scale=3.0.nc").unlink()
@@ -265,6 +266,29 @@ def test_a_grid_is_fitted_compared_and_resumed(tmp_path):
         dyn.select(factory, grid, recording, engine, method=method, folder=tmp_path, seed=1)
     with pytest.raises(ComparisonError, match="another process cannot build"):
         dyn.select(lambda p: Toy(persistence=p), {"p": [0.5]}, recording, engine, workers=2)
+
+
+def _judged(behind: list[float], error: list[float]) -> xr.Dataset:
+    """A comparison of 4, 2, 3 and 1 modes, in order of rank."""
+    table = xr.Dataset({"difference": ("model", -np.array(behind)), "dse": ("model", np.array(error))})
+    return table.assign_coords(num_modes=("model", [4, 2, 3, 1]), how=("model", list("abcd")))
+
+
+def test_the_fewest_not_clearly_worse_are_chosen():
+    table = _judged([0.0, 3.0, 5.0, 90.0], [0.0, 2.0, 1.0, 4.0])
+    assert comparison.fewest(table, "num_modes") == 2  # 3 is clearly worse, by 5 of 1
+    assert comparison.fewest(table, "num_modes", clear=1.0) == 4
+    assert comparison.fewest(table, "num_modes", clear=0.0) == 4
+    assert comparison.fewest(table, "num_modes", clear=30.0) == 1
+    for changed, name, clear, said in (
+        (table, "latent_dim", 2.0, r"one of the grid whose values are numbers, \['num_modes'\], got 'latent_dim'"),
+        (table, "how", 2.0, "whose values are numbers"),
+        (table, "num_modes", -1.0, "clear must be 0 standard errors or more, got -1.0"),
+        (_judged([0.0, 3.0, 5.0, 90.0], [0.0, np.nan, 1.0, 4.0]), "num_modes", 2.0, "no standard error"),
+        (xr.concat([table, table], xr.Variable("criterion", ["KFold", "LOO"])), "num_modes", 2.0, "'KFold', 'LOO'"),
+    ):
+        with pytest.raises(ComparisonError, match=said):
+            comparison.fewest(changed, name, clear)
 
 
 def test_a_worker_that_dies_is_named(tmp_path):

@@ -73,8 +73,12 @@ plots.comparison(table)
 # %% [markdown]
 # Too few states lose much, too many lose little: a state that is not needed costs only what its parameters add in
 # noise. So look at the `difference` beside its standard error `dse`, and take the smallest number that is not clearly
-# worse than the best.
-#
+# worse than the best, by two standard errors:
+
+# %%
+comparison.fewest(table, "num_modes")
+
+# %% [markdown]
 # The states of the chosen model, beside those that made the data (numbers are arbitrary, colours need not agree):
 
 # %%

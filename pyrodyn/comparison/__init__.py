@@ -3,7 +3,7 @@
 from pyrodyn.comparison.evidence import Evidence
 from pyrodyn.comparison.folds import KFold
 from pyrodyn.comparison.future import LeaveFutureOut
-from pyrodyn.comparison.grid import select
+from pyrodyn.comparison.grid import fewest, select
 from pyrodyn.comparison.halving import tune
 from pyrodyn.comparison.heldout import HeldOutEntries, HeldOutUnits
 from pyrodyn.comparison.loo import LOO
@@ -23,6 +23,7 @@ __all__ = [
     "Score",
     "as_table",
     "compare",
+    "fewest",
     "select",
     "tune",
 ]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from pyrodyn.comparison.table import Method, compare
+from pyrodyn.comparison.table import CLEAR, Method, compare
 from pyrodyn.errors import CheckpointError, ComparisonError, ModelError
 from pyrodyn.fitting import fit
 from pyrodyn.inference import SVI
@@ -93,6 +93,60 @@ def select(
     names = list(dict.fromkeys(name for point in points.values() for name in point))
     order = [str(name) for name in table["model"].values]
     return table.assign_coords({n: ("model", column([points[m].get(n) for m in order])) for n in names})
+
+
+def fewest(comparison: xr.Dataset, name: str, clear: float = CLEAR) -> Any:
+    r"""The least value of a grid, such as the fewest modes, that is not clearly worse than the best.
+
+    A mode or latent that is not needed costs a held-out score little, so that the best of several scores often lies
+    beyond what the data call for, by less than chance. The least value v is taken for which
+
+    .. math:: \mathrm{elpd}_{best} - \mathrm{elpd}_v \le c \, \mathrm{se}(\mathrm{elpd}_{best} - \mathrm{elpd}_v),
+
+    with the standard error of the paired difference: the "1 SE rule" of Breiman et al., for differences, at c.
+
+    Parameters
+    ----------
+    comparison : xarray.Dataset
+        From `select`, by one method whose scores are sums over trials.
+    name : str
+        Of the grid, with numbers as values. Of several models with the same value the best counts.
+    clear : float
+        c, in standard errors: 2 by default; 0 takes the best.
+
+    Returns
+    -------
+    int or float
+        One of the values of the grid.
+
+    Raises
+    ------
+    ComparisonError
+        Where the comparison has no such grid, its values are no numbers, or differences have no standard error.
+
+    References
+    ----------
+    Breiman, Friedman, Olshen & Stone, Classification and Regression Trees (1984), section 3.4.3.
+    """
+    if (
+        name not in comparison.coords
+        or "model" not in comparison[name].dims
+        or comparison[name].dtype.kind not in "iuf"
+    ):
+        known = [str(n) for n, c in comparison.coords.items() if c.dims == ("model",) and c.dtype.kind in "iuf"]
+        raise ComparisonError(f"name must be one of the grid whose values are numbers, {known}, got {name!r}")
+    if not np.isfinite(clear) or clear < 0.0:
+        raise ComparisonError(f"clear must be 0 standard errors or more, got {clear}")
+    if "criterion" in comparison.dims:
+        methods = [str(criterion) for criterion in comparison["criterion"].values]
+        raise ComparisonError(f"say which of the methods is to choose, by comparison.sel(criterion=...): {methods}")
+    behind, error = -comparison["difference"].values, comparison["dse"].values
+    if not np.isfinite(error).all():
+        raise ComparisonError(
+            "some differences have no standard error, so that none can be called clear; score by a method that sums "
+            "over trials, such as KFold or LOO"
+        )
+    return comparison[name].values[behind <= clear * error].min().item()
 
 
 def points_of(grid: Mapping[str, Iterable[Any]] | Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
