@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
+from _regions import off_diagonal
 from torch import Tensor
 
 import pyrodyn as dyn
@@ -63,16 +64,14 @@ def model_of(counts: bool) -> models.MultiRegionLDS:
 
 def strengths(model: models.MultiRegionLDS, values: dict[str, Tensor], recording: dyn.Recording) -> np.ndarray:
     """Strengths (draw, edge) from sites (draw, 1, *event)."""
-    found = model.invariants(globals_given(model, values, recording))["coupling_strength"][1]
-    size = found.shape[-1]
-    return found[..., ~torch.eye(size, dtype=torch.bool)].reshape(-1, size * (size - 1)).numpy()
+    found = off_diagonal(model.invariants(globals_given(model, values, recording))["coupling_strength"][1].numpy())
+    return found.reshape(-1, found.shape[-1])
 
 
 def of_posterior(posterior: xr.DataTree) -> np.ndarray:
     """Strengths (draw, edge) of a fit."""
-    values = posterior["invariants"]["coupling_strength"].values
-    size = values.shape[-1]
-    return values[..., ~np.eye(size, dtype=bool)].reshape(-1, size * (size - 1))
+    found = off_diagonal(posterior["invariants"]["coupling_strength"].values)
+    return found.reshape(-1, found.shape[-1])
 
 
 def agreement(seeds: int) -> list[str]:
