@@ -26,10 +26,12 @@ from pyrodyn.distributions import GaussMarkov
 from pyrodyn.linalg import log_normaliser
 from pyrodyn.linalg.matrix import broadcast_shapes, of_all_trials, product
 from pyrodyn.readouts import AffineReadout
+from pyrodyn.readouts.likelihood import PathLikelihood, outer
 
 MAX_NEWTON_STEPS = 100
 MAX_PREDICTOR_STEP = 4.0  # in one Newton step no predictor moves further: exp() overshoots from afar
 TOLERANCE = 1e-4  # largest full step of a latent at convergence; its error is the square, and is squared again
+COARSE = 1e-2  # where only the value is wanted, in which an error of the mode is squared once more
 SUFFICIENT = 1e-4  # Armijo's constant
 WORTH = 5000  # bins x latents squared of a factorisation that are worth the calls of a group of trials
 MOST_GROUPS = 32  # of trials of one mask
@@ -297,10 +299,11 @@ def laplace_path(prior: GaussMarkov, readout: AffineReadout, observations: Tenso
 
 def laplace_evidence(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) -> Tensor:
     """Laplace approximation of log p(y | parameters) of every trial, (*draw, trial)."""
+    graded = torch.is_grad_enabled()
     with torch.no_grad():
         # torch's lazy properties turn gradients on inside no_grad: a prior not detached would have the search recorded.
         still = prior.detach()
-        mode = find_mode(still, readout, observations)
+        mode = find_mode(still, readout, observations, TOLERANCE if graded else COARSE)
     predictor = readout.predict(mode)
     with torch.no_grad():
         precision = outer(readout, readout.curvature(predictor, observations))
@@ -314,50 +317,47 @@ def laplace_evidence(prior: GaussMarkov, readout: AffineReadout, observations: T
     return fit + prior.log_potential(moved) - prior.log_normaliser + fluctuation
 
 
-def find_mode(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) -> Tensor:
+def find_mode(prior: GaussMarkov, readout: AffineReadout, observations: Tensor, tolerance: float = TOLERANCE) -> Tensor:
     """The most probable path of every draw and trial, (*draw, trial, time, latent), by damped Newton steps.
 
     The start is a function of parameters and observations: one carried over from an earlier call would make a sampler's
-    target depend on its history. Each batch element stops by itself when its step is below `TOLERANCE`.
+    target depend on its history. Each batch element stops by itself when its step is below ``tolerance``.
     """
     batch = broadcast_shapes(prior.batch_shape, readout.batch_shape)
-    state = _first_path(prior, readout, observations).expand(batch + prior.event_shape)
-    floor = readout.expand_log(readout.predict(prior.mean), observations)[0] + prior.log_potential(prior.mean)
-    predictor = readout.predict(state)
-    fit, score, curvature = readout.expand_log(predictor, observations)
-    value = fit + prior.log_potential(state)
+    likelihood = PathLikelihood(readout, observations, batch)
+    state = _first_path(prior, readout, observations, batch).expand(batch + prior.event_shape)
+    floor = likelihood.bins(prior.mean).sum(-1) + prior.log_potential(prior.mean)
+    fit, force, precision = likelihood.expand(state)
+    value = fit.sum(-1) + prior.log_potential(state)
     if not bool((value >= floor).all()):  # parameters that fit badly
         state = torch.where((value >= floor)[..., None, None], state, prior.mean)
-        predictor = readout.predict(state)
-        fit, score, curvature = readout.expand_log(predictor, observations)
-        value = fit + prior.log_potential(state)
+        fit, force, precision = likelihood.expand(state)
+        value = fit.sum(-1) + prior.log_potential(state)
     active = torch.isfinite(value)
     for _ in range(MAX_NEWTON_STEPS):
-        slope = prior.force(state) + of_all_trials(score, readout.loading)
-        step = GaussMarkov(prior.diagonal + outer(readout, curvature), prior.upper, slope).mean
-        move = of_all_trials(step, readout.loading.mT)
-        size = (MAX_PREDICTOR_STEP / move.abs().amax((-2, -1)).clamp(min=1e-12)).clamp(max=1.0)
+        slope = prior.force(state) + force
+        step = GaussMarkov(prior.diagonal + precision, prior.upper, slope).mean
+        size = (MAX_PREDICTOR_STEP / likelihood.reach(step).clamp(min=1e-12)).clamp(max=1.0)
         gain = (slope * step).sum((-2, -1))
         active = active & torch.isfinite(gain)
         size = torch.where(active, size, 0.0)
         while True:
             ahead = torch.addcmul(state, size[..., None, None], step)
-            predictor_ahead = torch.addcmul(predictor, size[..., None, None], move)
-            fit, score, curvature = readout.expand_log(predictor_ahead, observations)
-            value_ahead = fit + prior.log_potential(ahead)
+            fit, force, precision = likelihood.expand(ahead)
+            value_ahead = fit.sum(-1) + prior.log_potential(ahead)
             small = gain * size < 1e-10 * value.abs().clamp(min=1.0)  # below rounding: any such step will do
             enough = (value_ahead >= value + SUFFICIENT * size * gain) | small | ~active
             if bool(enough.all()):
                 break
             size = torch.where(enough, size, 0.5 * size)
-        state, predictor, value = ahead, predictor_ahead, value_ahead
-        active = active & (step.abs().amax((-2, -1)) > TOLERANCE)
+        state, value = ahead, value_ahead
+        active = active & (step.abs().amax((-2, -1)) > tolerance)
         if not bool(active.any()):
             break
     return state
 
 
-def _first_path(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) -> Tensor:
+def _first_path(prior: GaussMarkov, readout: AffineReadout, observations: Tensor, batch: torch.Size) -> Tensor:
     """A path (*draw, trial, time, latent) that is mostly two or three Newton steps nearer than the prior mean.
 
     The most probable one where the log likelihood is expanded, in every bin, about a predictor midway between the
@@ -367,11 +367,15 @@ def _first_path(prior: GaussMarkov, readout: AffineReadout, observations: Tensor
     middle, sums = _moments(observations, readout.observed)
     _, total, bins = sums.unsqueeze(-2).chunk(3, -1)
     typical = (total + bins * middle + 0.5) / (bins + 1.0)
-    values = observations if readout.observed is None else torch.where(readout.observed, observations, typical)
-    predictor = readout.law.link(0.5 * (values + typical))
-    _, score, curvature = readout.expand_log(predictor, values)
-    target = score + curvature * (predictor - readout.offset)
-    return prior.condition(outer(readout, curvature), of_all_trials(target, readout.loading)).mean
+    found = []
+    for _, own, seen in readout.pieces(observations, batch):
+        values = seen if own.observed is None else torch.where(own.observed, seen, typical)
+        predictor = own.law.link(0.5 * (values + typical))
+        _, score, curvature = own.expand_bins(predictor, values)
+        target = score + curvature * (predictor - own.offset)
+        found.append((outer(own, curvature), of_all_trials(target, own.loading)))
+    precision, linear = zip(*found, strict=True)
+    return prior.condition(torch.cat(precision, -3), torch.cat(linear, -2)).mean
 
 
 class _Newton(torch.autograd.Function):
@@ -385,11 +389,3 @@ class _Newton(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor):
         return None, ctx.curved._solve(grads[0])
-
-
-def outer(readout: AffineReadout, curvature: Tensor) -> Tensor:
-    """C' diag(curvature) C in every bin, (*batch, time, latent, latent)."""
-    loading = readout.loading
-    pairs = (loading.unsqueeze(-1) * loading.unsqueeze(-2)).flatten(-2)
-    precision = of_all_trials(curvature, pairs)
-    return precision.reshape(precision.shape[:-1] + loading.shape[-1:] * 2)

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyrodyn.conditioning import gaussian_potential, outer
+from pyrodyn.conditioning import gaussian_potential
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.linalg.matrix import cholesky
 from pyrodyn.readouts import AffineReadout
+from pyrodyn.readouts.likelihood import outer
 
 MOST_NODES = 200  # of a product rule in all dimensions; above, a rule of 2 x dim nodes and degree three
 OBSERVATION_NODES = 9  # of the rule along a predictor

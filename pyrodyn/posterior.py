@@ -70,7 +70,7 @@ def to_datatree(
     with torch.no_grad(), double_precision():
         parameters = globals_given(base, flat, recording)
         labelled, invariants = base.label(parameters), base.invariants(parameters)
-        coords = coordinates(recording, labelled | invariants, base)
+        coords = coordinates(recording, labelled | invariants | draws.details, base)
         groups["posterior"] = _dataset(labelled, lead, coords).assign_attrs(base.attributes(recording))
         groups["invariants"] = _dataset(invariants, lead, coords)
         groups["unconstrained_posterior"] = _unconstrained(base, recording, flat, lead)
@@ -92,8 +92,9 @@ def to_datatree(
             )
         groups["latents"] = _latents(base, recording, flat, draws, seed)
     history = {name: (("step",), value) for name, value in draws.history.items()}
-    groups["sample_stats"] = xr.Dataset(
-        {name: (("chain", "draw"), value) for name, value in stats.items()} | history, coords=_index(lead)
+    details = {name: (axes, value.flatten(0, 1).unsqueeze(1)) for name, (axes, value) in draws.details.items()}
+    groups["sample_stats"] = _dataset(details, lead, coords).assign(
+        {name: (("chain", "draw"), value) for name, value in stats.items()} | history
     )
     data = recording.to_xarray()
     groups["observed_data"] = data[["observations"]].drop_attrs()

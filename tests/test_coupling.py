@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -9,9 +11,11 @@ import scipy.stats
 import torch
 import xarray as xr
 from _coupling import BIN, DIMS, changed, mapped, random_posterior, with_posterior, with_presence
+from scipy.special import expit
 
 import pyrodyn as dyn
 from pyrodyn.coupling import aligned_dynamics, coupling_graph, savage_dickey
+from pyrodyn.coupling.presence import mean_log_odds
 from pyrodyn.coupling.spectra import granger_geweke
 from pyrodyn.errors import CouplingError
 from pyrodyn.linalg.stationary import filter_covariance, stationary_covariance
@@ -312,6 +316,15 @@ def test_savage_dickey_is_the_ratio_of_evidences(effect: float) -> None:
     present = scipy.stats.multivariate_normal(np.zeros(30), np.eye(30) + sd**2 * design @ design.T).pdf(data)
     absent = scipy.stats.multivariate_normal(np.zeros(30), np.eye(30)).pdf(data)
     np.testing.assert_allclose(found, prior * present / (prior * present + (1 - prior) * absent), rtol=1e-8)
+
+
+def test_odds_of_a_mean_probability_also_where_no_float_tells_it_from_one() -> None:
+    odds = np.array([[[-1.0, 40.0, 700.0], [2.0, 60.0, 900.0]]])  # (chain, draw, edge)
+    mean = expit(odds[..., 0]).mean()
+    doubt = math.exp(-40.0) / 2.0  # the other draw leaves next to none
+    expected = [math.log(mean / (1.0 - mean)), -math.log(doubt), 700.0 + math.log(2.0)]
+    np.testing.assert_allclose(mean_log_odds(odds), expected, rtol=1e-9)
+    np.testing.assert_allclose(mean_log_odds(-odds), [-value for value in expected], rtol=1e-9)
 
 
 def test_presence_of_the_model_is_taken_as_it_is(posterior: xr.DataTree) -> None:

@@ -145,3 +145,24 @@ def test_a_wrong_curvature_costs_acceptance_and_no_exactness():
     with random_stream(3):
         found = moved([*blocks(prior), EdgeToggle(prior)], prior, quadratic, wrong, begun(prior), 120)
     np.testing.assert_allclose(found, graphs(prior, quadratic), atol=0.02)
+
+
+def test_log_odds_of_an_edge_are_the_ratio_of_the_evidences_of_two_graphs():
+    """Whatever the values of the entries: all others are integrated out, given which edges are there."""
+    prior, quadratic = target()
+    with random_stream(3):
+        vector = begun(prior)[:20]
+    found = EdgeToggle(prior).log_odds(
+        vector, slope(quadratic, vector), quadratic.information.expand(20, -1, -1), prior
+    )
+    information, share = quadratic.information.numpy(), prior.probability.numpy()
+    for there, odds in zip(prior.present(vector).numpy(), found.numpy(), strict=True):
+        for i in range(len(EDGES)):
+            logs = []
+            for present in (False, True):
+                kept = np.array([e < 0 or (present if e == i else there[e]) for e in prior.layout.edge.tolist()])
+                spread = np.diag(np.where(kept, prior.sd_entry.numpy() ** 2, 0.0)) + np.linalg.inv(information)
+                mean = np.where(kept, prior.mean_entry.numpy(), 0.0)
+                logs.append(multivariate_normal(mean, spread).logpdf(quadratic.centre.numpy()))
+            expected = logs[1] - logs[0] + np.log(share[i] / (1.0 - share[i]))
+            assert odds[i] == pytest.approx(expected, rel=1e-8, abs=1e-8)

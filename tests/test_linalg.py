@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from pyrodyn.linalg import chain, matrix, square_roots
+from pyrodyn.linalg import _threads, chain, matrix, square_roots
 from pyrodyn.linalg.chain import ChainFactor, factorise, log_normaliser
 from pyrodyn.linalg.matrix import of_all_trials, precision_of, product
 
@@ -318,3 +321,68 @@ def test_a_product_for_all_trials_equals_one_for_each():
         torch.testing.assert_close(of_all_trials(values, weights), values @ weights, rtol=1e-12, atol=1e-12)
     values, weights = normal(0, 5, 3, 6, 4), normal(1, 5, 1, 4, 2)
     torch.testing.assert_close(of_all_trials(values, weights), values @ weights, rtol=1e-12, atol=1e-12)
+
+
+@contextmanager
+def threads(number: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_a_batch_divided_among_threads_gives_the_same_bits(monkeypatch, expanded):
+    """Elements of their own precision, and such that share one."""
+    monkeypatch.setattr(_threads, "WORTH", 1)
+    pytest.importorskip("numba")
+    diagonal, upper = precision(6, 3, 5, 1)
+    if expanded:
+        diagonal, upper = diagonal.expand(5, 2, 6, 3, 3), upper.expand(5, 2, 5, 3, 3)
+    columns = normal(2, *diagonal.shape[:-1], 2)
+    found = []
+    for number in (1, 2, 3, 16):
+        with threads(number):
+            factor = factorise(diagonal, upper)
+            parts = [part.clone().requires_grad_() for part in (diagonal, upper, columns)]
+            value = log_normaliser(*parts[:2], parts[2][..., 0])
+            gradients = torch.autograd.grad(value.sum(), parts[:2])
+            drawn = factor.draw(columns)
+            found.append(
+                [factor.log_det, factor.solve(columns), drawn, factor.noise_of(drawn), *factor.marginals(), value]
+                + list(gradients)
+            )
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
+def test_what_one_thread_raises_is_raised(monkeypatch):
+    monkeypatch.setattr(_threads, "WORTH", 1)
+
+    def run(part: np.ndarray) -> None:
+        if part[0] > 0:
+            raise ZeroDivisionError
+
+    with threads(2), pytest.raises(ZeroDivisionError):
+        _threads.shared_out(run, [np.arange(4)], [False])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_forked_process_has_threads_of_its_own(monkeypatch):
+    monkeypatch.setattr(_threads, "WORTH", 1)
+    total = np.zeros(4)
+
+    def run(part: np.ndarray, out: np.ndarray) -> None:
+        out += part
+
+    with threads(2):
+        _threads.shared_out(run, [np.ones(4), total], [False, False])
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)  # a thread that never comes would be waited for
+            _threads.shared_out(run, [np.ones(4), total], [False, False])
+            os._exit(int((total != 2.0).any()))
+    assert os.waitpid(child, 0)[1] == 0
+    np.testing.assert_array_equal(total, 1.0)

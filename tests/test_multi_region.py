@@ -454,6 +454,15 @@ def test_a_graph_is_found_again_with_its_direction():
     off = ~np.eye(3, dtype=bool)
     probability = graph["probability"].values
     assert probability[there].min() > probability[off & ~there].max(initial=0.0)
+    odds = graph["log_odds"].values
+    assert np.isnan(np.diag(odds)).all() and np.isfinite(odds[off]).all()
+    assert odds[there].min() > max(0.0, odds[off & ~there].max(initial=0.0))
+    told = posterior["sample_stats"]["edge_log_odds"]
+    assert told.dims == ("chain", "draw", "target", "source") and told["target"].values.tolist() == ["R1", "R2", "R3"]
+    edges = dyn.to_networkx(graph).edges(data="log_odds")
+    assert {(s, t): o for s, t, o in edges} == {
+        (s, t): pytest.approx(float(graph["log_odds"].sel(source=s, target=t))) for s, t, _ in edges
+    }
     np.testing.assert_allclose(graph["variance_share"].sum("origin"), 1.0, atol=1e-6)
     strength = posterior["invariants"]["coupling_strength"].values
     np.testing.assert_allclose(graph["strength"].values[..., off], strength[..., off], rtol=1e-6, atol=1e-9)

@@ -30,6 +30,7 @@ class _Laws(NamedTuple):
     """Of every edge that may be absent, seen from one network; each (chain, edge, ...)."""
 
     present: Tensor
+    log_odds: Tensor  # of the edge's being there
     log_choice: Tensor  # log probability that this edge is the one proposed
     mean: Tensor  # (..., number) of a block that comes
     root: Tensor  # (..., number, number), Cholesky factor of its precision
@@ -79,6 +80,10 @@ class EdgeToggle:
         law = self._laws(vector, slope, information, prior).of(edge)
         return self._log_density(law, self._block(target, edge), edge)
 
+    def log_odds(self, vector: Tensor, slope: Tensor, information: Tensor, prior: NetworkPrior) -> Tensor:
+        """Log odds (chain, edge) that an edge is there, the other edges being as they are and all entries following."""
+        return self._laws(vector, slope, information, prior).log_odds
+
     def _block(self, vector: Tensor, edge: Tensor) -> Tensor:
         return vector.gather(-1, self.entries[edge])
 
@@ -121,7 +126,8 @@ class EdgeToggle:
         block = (vector[:, entries] * inside).unsqueeze(-1)
         goes = -(linear * block).sum((-2, -1)) - 0.5 * (root.mT @ block).square().sum((-2, -1)) - comes
         odds = torch.nan_to_num(torch.where(present, goes, comes), -torch.inf).clamp(-1e3, 1e3)
-        return _Laws(present, torch.log_softmax(logsigmoid(odds), -1), mean, root, along)
+        log_odds = torch.where(present, -odds, odds)
+        return _Laws(present, log_odds, torch.log_softmax(logsigmoid(odds), -1), mean, root, along)
 
     def _square(self, rows: Tensor) -> Tensor:
         """The columns of each block out of its rows (chain, edge, number, entry)."""

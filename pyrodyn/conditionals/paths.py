@@ -21,17 +21,17 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyrodyn.conditioning import gaussian_potential, outer, path_evidence
+from pyrodyn.conditioning import gaussian_potential, path_evidence
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.program import trial_plate
 from pyrodyn.readouts import AffineReadout, Gaussian
+from pyrodyn.readouts.likelihood import PathLikelihood, outer
 from pyrodyn.recording import Recording
 
 KICKS = 2  # to a trajectory
 # What an observation of a climb may lie beyond its mean, in sds of its noise; a single spike always may.
 FARTHEST, SPIKE = 8.0, 1.0
 LEAST_CURVATURE = 1e-6
-PIECE = 60_000  # numbers (chain, trial, time, unit) at a time
 SPREAD = 3  # pairs of paths over which a reference is averaged
 
 
@@ -78,31 +78,37 @@ class Leftover:
     """
 
     def __init__(self, readout: AffineReadout, observations: Tensor, precision: Tensor, linear: Tensor) -> None:
-        self.loading, self.precision, self.linear = readout.loading, precision, linear
-        # A few bins at a time: what is computed for every unit then stays in the processor's cache.
-        batch, (bins, units) = readout.batch_shape, readout.event_shape
-        size = max(1, PIECE // (batch.numel() * units))
-        places = [slice(start, min(start + size, bins)) for start in range(0, bins, size)]
-        self.pieces = [(place, readout.of_bins(place), observations[..., place, :]) for place in places]
+        self.likelihood, self.precision, self.linear = PathLikelihood(readout, observations), precision, linear
 
     def value(self, path: Tensor) -> Tensor:
         """In every bin, (chain, trial, time)."""
-        fit = [readout.kernel_bins(readout.predict(path[..., place, :]), seen) for place, readout, seen in self.pieces]
-        return torch.cat(fit, -1) - (path * (self.linear - 0.5 * self._pulled(path))).sum(-1)
+        return self.likelihood.bins(path) - (path * (self.linear - 0.5 * self._pulled(path))).sum(-1)
 
     def __call__(self, path: Tensor) -> tuple[Tensor, Tensor]:
         """`value`, and its derivative in the path (chain, trial, time, latent)."""
-        fit, force = [], []
-        for place, readout, seen in self.pieces:
-            value, score, _ = readout.expand_bins(readout.predict(path[..., place, :]), seen)
-            fit.append(value)
-            force.append(score @ self.loading)
+        value, force = self.likelihood.slope(path)
         pulled = self._pulled(path)
-        value = torch.cat(fit, -1) - (path * (self.linear - 0.5 * pulled)).sum(-1)
-        return value, torch.cat(force, -2) - self.linear + pulled
+        return value - (path * (self.linear - 0.5 * pulled)).sum(-1), force - self.linear + pulled
 
     def _pulled(self, path: Tensor) -> Tensor:
         return (self.precision @ path.unsqueeze(-1)).squeeze(-1)
+
+
+def _averaged(
+    readout: AffineReadout, centre: Tensor, spread: list[Tensor], observations: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scores and curvatures of the log likelihood, averaged over predictors on both sides of a centre."""
+    scores, curvatures = [], []
+    for place, own, seen in readout.pieces(observations):
+        middle, apart = centre[..., place, :], [part[..., place, :] for part in spread]
+        sides = [middle + sign * part for part in apart for sign in (-1.0, 1.0)] or [middle]
+        score, curvature = own.expand_bins(sides[0], seen)[1:]
+        for side in sides[1:]:
+            _, more, curved = own.expand_bins(side, seen)
+            score, curvature = score + more, curvature + curved
+        scores.append(score / len(sides))
+        curvatures.append(curvature / len(sides))
+    return torch.cat(scores, -2), torch.cat(curvatures, -2)
 
 
 def gaussian_path(prior: GaussMarkov, readout: AffineReadout, observations: Tensor) -> Tensor:
@@ -211,12 +217,8 @@ def settled(
         mean = readout.predict(near.mean)
         # A full step under exp() can overshoot from afar.
         centre = reference.centre + (mean - reference.centre).clamp(-2.0, 2.0)
-        parts = []
-        for _ in range(SPREAD):
-            apart = readout.predict(near.draw(torch.randn_like(near.mean))) - mean
-            parts += [readout.expand_log(centre + side, observations)[1:] for side in (-apart, apart)]
-        score, curvature = (torch.stack(part).mean(0) for part in zip(*parts, strict=True))
-        reference = Reference(centre, score, curvature)
+        spread = [readout.predict(near.draw(torch.randn_like(near.mean))) - mean for _ in range(SPREAD)]
+        reference = Reference(centre, *_averaged(readout, centre, spread, observations))
     return reference
 
 
@@ -256,21 +258,19 @@ def levelled(
         centre = readout.offset.expand(*readout.batch_shape, *readout.event_shape)
 
     def about(centre: Tensor, spread: list[Tensor]) -> Levelled:
-        expanded = [readout.expand_log(centre + side, observations)[1:] for side in spread]
-        score, curvature = (torch.stack(part).mean(0) for part in zip(*expanded, strict=True))
+        score, curvature = _averaged(readout, centre, spread, observations)
         level = (curvature.reshape(observations.shape).sum((0, 1)) / seen).clamp(min=LEAST_CURVATURE)
         # A burst of a unit that is nearly silent would be an observation hundreds of nats away. A single spike is kept
         # whole: without it the mean of such a unit would not be at its offset.
         most = (FARTHEST * level.sqrt()).clamp(min=SPIKE)
         return Levelled(model, (centre + score.clamp(-most, most) / level).reshape(observations.shape), level.rsqrt())
 
-    found = about(centre, [torch.zeros((), dtype=torch.float64)])
+    found = about(centre, [])
     for _ in range(rounds):
         near = prior.condition(*gaussian_potential(_as_gaussian(readout, found.noise), found.values))
         mean = readout.predict(near.mean)
         centre = centre + (mean - centre).clamp(-2.0, 2.0)
-        apart = [readout.predict(near.draw(torch.randn_like(near.mean))) - mean for _ in range(SPREAD)]
-        found = about(centre, [side for part in apart for side in (part, -part)])
+        found = about(centre, [readout.predict(near.draw(torch.randn_like(near.mean))) - mean for _ in range(SPREAD)])
     return found, centre
 
 

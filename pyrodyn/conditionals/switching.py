@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pyrodyn.conditionals.modes import settle_from
 from pyrodyn.conditionals.paths import gaussian_path, turn
-from pyrodyn.conditioning import outer
 from pyrodyn.distributions import SwitchingPath
 from pyrodyn.readouts import AffineReadout
+from pyrodyn.readouts.likelihood import outer
 
 NEWTON = 3  # expansions about the path, the last of which the move is made with
 FARTHEST = 2.0  # that a predictor or a logit moves in one of them: exp() overshoots from afar

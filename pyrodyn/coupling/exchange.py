@@ -13,7 +13,7 @@ import xarray as xr
 from pyrodyn._files import write_atomically
 from pyrodyn.coupling.summary import SAMPLE, checked, edge_table
 
-EDGE_NUMBERS = ("mean", "sd", "hdi_low", "hdi_high", "share", "p_present", "p_rope", "gain", "p_sign", "delay")
+EDGE_NUMBERS = tuple("mean sd hdi_low hdi_high share p_present log_odds p_rope gain p_sign delay".split())
 
 
 def to_networkx(graph: xr.Dataset, hdi_prob: float = 0.9) -> nx.DiGraph:
@@ -30,11 +30,11 @@ def to_networkx(graph: xr.Dataset, hdi_prob: float = 0.9) -> nx.DiGraph:
     -------
     networkx.DiGraph
         An edge from source to target, unless its strength is zero in every draw, with ``mean``, ``sd``, ``hdi_low``,
-        ``hdi_high`` of the strength, ``share`` of the target's variance, ``p_present``, ``p_rope`` (the
-        probability that the strength exceeds the attribute ``rope`` of the graph), ``gain``, ``p_sign`` (the
-        probability that the summed direct response is positive, given the edge) and ``delay`` in seconds. What is
-        unknown is left out. Nodes have ``units``, ``latents`` and ``self_share``, the share of a region's variance that
-        stems from its own noise.
+        ``hdi_high`` of the strength, ``share`` of the target's variance, ``p_present``, ``log_odds`` of that (see
+        `coupling_graph`), ``p_rope`` (the probability that the strength exceeds the attribute ``rope`` of the graph),
+        ``gain``, ``p_sign`` (the probability that the summed direct response is positive, given the edge) and ``delay``
+        in seconds. What is unknown is left out. Nodes have ``units``, ``latents`` and ``self_share``, the share of a
+        region's variance that stems from its own noise.
 
     Raises
     ------
@@ -63,7 +63,7 @@ def to_networkx(graph: xr.Dataset, hdi_prob: float = 0.9) -> nx.DiGraph:
             if target == source or bool(never.sel(target=target, source=source)):
                 continue
             here = table.sel(target=target, source=source)
-            numbers = {name: float(here[name]) for name in EDGE_NUMBERS}
+            numbers = {name: float(here[name]) for name in EDGE_NUMBERS if name in here}
             built.add_edge(source, target, **{name: value for name, value in numbers.items() if np.isfinite(value)})
     return built
 

@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from pyrodyn.coupling.measures import blocks, impulse_responses, variance_shares
-from pyrodyn.coupling.presence import checked_prior, savage_dickey
+from pyrodyn.coupling.presence import checked_prior, mean_log_odds, savage_dickey
 from pyrodyn.coupling.spectra import granger_geweke
 from pyrodyn.coupling.system import SHARED_INNOVATIONS, System, dynamics_of, read_system
 from pyrodyn.errors import CouplingError
@@ -20,6 +20,7 @@ from pyrodyn.posterior import SESSIONS
 FREQUENCIES = 33  # from zero to the Nyquist frequency
 ROPE = 0.05  # such a block makes at most 1 / 400 of the variance of a latent in the next bin
 EDGE = ("chain", "draw", "target", "source")
+CONDITIONAL_ODDS = "conditional on the other edges of every draw, the likelihood of the dynamics taken as quadratic"
 
 
 def coupling_graph(
@@ -69,6 +70,9 @@ def coupling_graph(
           a continuous prior, a horseshoe, no edge is ever quite absent, and this is ``exceeds_rope``.
         - ``exceeds_rope`` (target, source): the probability that the strength is above ``rope``, an attribute.
         - ``presence`` (chain, draw, target, source): 0 or 1, where the model sampled it.
+        - ``log_odds`` (target, source): log odds of the mean over draws of an edge's probability given all other edges
+          of the draw, where the engine told it. What is present in every draw, or in none, is so told apart; it is
+          approximate, and a probability that draws can resolve is better read off ``probability``.
         - ``singular_values`` (..., target, source, rank), ``source_pattern`` (chain, draw, target, rank, unit) and
           ``target_pattern`` (chain, draw, source, rank, unit): the communication subspace, shown in the readout.
         - ``impulse_response`` (..., target, source, lag), of the edge alone, and ``impulse_response_total``, through
@@ -135,6 +139,10 @@ def coupling_graph(
     if presence is not None:
         variables["presence"] = (EDGE, presence)
     variables["probability"] = (EDGE[2:], probability, {"estimator": estimator})
+    told = posterior.children.get("sample_stats", {})
+    if "edge_log_odds" in told:
+        odds = told["edge_log_odds"].sel(target=system.regions, source=system.regions).transpose(*EDGE).values
+        variables["log_odds"] = (EDGE[2:], mean_log_odds(odds), {"estimator": CONDITIONAL_ODDS})
     draws = posterior["posterior"].to_dataset()
     unit_region = np.empty(len(system.unit), dtype=object)
     for name in system.regions:

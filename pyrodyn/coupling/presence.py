@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy.special import expit, logit
+from scipy.special import expit, log_expit, logit, logsumexp
 
 from pyrodyn.errors import CouplingError
 
@@ -64,6 +64,19 @@ def savage_dickey(
     # By logits: a factor too large for a float, times no doubt at all, would be a NaN.
     found = expit(logit(prior) - np.where(sign > 0, log_factor, np.nan))
     return np.where(prior == 1.0, 1.0, found)
+
+
+def mean_log_odds(log_odds: np.ndarray) -> np.ndarray:
+    """Log odds (...) of the mean of probabilities whose log odds are (chain, draw, ...).
+
+    Draws that leave no doubt cannot be told from each other by a share of them; their odds can (Rao and Blackwell).
+
+    References
+    ----------
+    Ghosh & Clyde, J. Am. Stat. Assoc. 106:1041 (2011), on such estimates of the inclusion of variables.
+    """
+    there, absent = (log_expit(side * log_odds) for side in (1.0, -1.0))
+    return logsumexp(there, (0, 1)) - logsumexp(absent, (0, 1))
 
 
 def checked_prior(names: tuple[str, str], given: tuple[Any, Any], shape: tuple[int, ...]) -> list[np.ndarray]:

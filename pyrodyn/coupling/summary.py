@@ -60,10 +60,11 @@ def edge_table(graph: xr.Dataset, hdi_prob: float = 0.9) -> xr.Dataset:
     -------
     xarray.Dataset
         ``mean``, ``sd``, ``hdi_low``, ``hdi_high`` of the strength; ``share``, the mean share of the target's variance
-        that stems from the source's own noise; ``p_present``, NaN where unknown; ``p_rope``, the probability that the
-        strength exceeds the graph's region of practical equivalence; ``gain``, the mean of the summed
-        direct impulse response; ``p_sign``, the probability that it is positive, among the draws that have the edge;
-        ``delay``, the median lag in seconds at which the direct response is largest, among the same draws.
+        that stems from the source's own noise; ``p_present``, NaN where unknown; ``log_odds`` of that where the graph
+        has them; ``p_rope``, the probability that the strength exceeds the graph's region of practical equivalence;
+        ``gain``, the mean of the summed direct impulse response; ``p_sign``, the probability that it is positive, among
+        the draws that have the edge; ``delay``, the median lag in seconds at which the direct response is largest,
+        among the same draws.
     """
     checked(graph, ("strength", "impulse_response", "variance_share", "probability", "exceeds_rope"))
     probability_of("hdi_prob", hdi_prob)
@@ -75,6 +76,7 @@ def edge_table(graph: xr.Dataset, hdi_prob: float = 0.9) -> xr.Dataset:
     interval = arviz_stats.hdi(strength, prob=hdi_prob, dim="sample")
     share = chosen["variance_share"].mean("sample").sel(origin=graph["source"].values).rename(origin="source")
     count = moved.sum("sample")
+    known = {"log_odds": graph["log_odds"]} if "log_odds" in graph else {}
     return xr.Dataset(
         {
             "mean": strength.mean("sample"),
@@ -83,6 +85,7 @@ def edge_table(graph: xr.Dataset, hdi_prob: float = 0.9) -> xr.Dataset:
             "hdi_high": interval.isel(ci_bound=1, drop=True),
             "share": share,
             "p_present": graph["probability"],
+            **known,
             "p_rope": graph["exceeds_rope"],
             "gain": gain.mean("sample", skipna=False),
             "p_sign": (gain > 0.0).sum("sample") / count.where(count > 0),

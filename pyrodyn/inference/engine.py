@@ -20,7 +20,7 @@ from pyrodyn.inference.density import LogDensity
 from pyrodyn.inference.flow_start import NoiselessFlow, flow_start
 from pyrodyn.inference.mode import ascend
 from pyrodyn.inference.whitening import Whitened, whiten
-from pyrodyn.program import IntegratedModel, LatentModel, Program, globals_given
+from pyrodyn.program import IntegratedModel, Labelled, LatentModel, Program, globals_given
 from pyrodyn.recording import Recording
 
 _STARTS: WeakKeyDictionary[Recording, list[tuple[LatentModel, int, dict[str, Tensor]]]] = WeakKeyDictionary()
@@ -40,6 +40,8 @@ class Draws:
         How the path was treated, in words.
     stats : dict of Tensor
         One number a draw, (chain, draw).
+    details : dict
+        More of every draw, (chain, draw, ...), with the names of the axes behind these.
     local : dict of Tensor
         Sites of trials where the engine sampled them, such as paths: (chain, kept draw, trial, *event).
     kept : ndarray, optional
@@ -54,6 +56,7 @@ class Draws:
     samples: dict[str, Tensor]
     treatment: str
     stats: dict[str, Tensor] = field(default_factory=dict)
+    details: Labelled = field(default_factory=dict)
     local: dict[str, Tensor] = field(default_factory=dict)
     kept: np.ndarray | None = None
     history: dict[str, np.ndarray] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from pyrodyn.inference._starts import starts
 from pyrodyn.inference.collapse import Collapsed, collapse
 from pyrodyn.inference.density import LogDensity
 from pyrodyn.inference.engine import Draws, double_precision, random_stream
-from pyrodyn.program import Program
+from pyrodyn.program import Labelled, Program
 from pyrodyn.progress import progress
 from pyrodyn.recording import Recording
 
@@ -48,6 +48,15 @@ class Sweep(Protocol):
 
     def divide(self, groups: int) -> None:
         """From now on chains come in so many groups."""
+        ...
+
+
+@runtime_checkable
+class Detailed(Protocol):
+    """A sweep that knows more of a state than its sites tell."""
+
+    def details(self, state: dict[str, Tensor]) -> Labelled:
+        """By name: the names of the axes behind the chain, and values (chain, ...)."""
         ...
 
 
@@ -118,7 +127,8 @@ class Gibbs:
             "sweeps_per_chain": self.warmup + self.thin * self.draws,
             "starts": run.groups,
         }
-        return Draws(samples, "sampled", local=local, kept=kept, notes=notes | run.rates())
+        details: Labelled = {name: (run.axes[name], torch.stack(parts, 1)) for name, parts in run.details.items()}
+        return Draws(samples, "sampled", details=details, local=local, kept=kept, notes=notes | run.rates())
 
     def _begun(self, model: Any, recording: Any, sweep: Sweep) -> Run:
         """Chains from the best of a model's starts; of sessions, each session's own."""
@@ -191,6 +201,8 @@ class Run:
         self.count, self.groups = 0, 1
         self.kept: dict[str, list[Tensor]] = {}
         self.local: dict[str, list[Tensor]] = {}
+        self.details: dict[str, list[Tensor]] = {}
+        self.axes: dict[str, tuple[str, ...]] = {}  # of the details, behind chain and draw
         self.sums: dict[str, Tensor] = {}
 
     def scout(self, density: LogDensity, total: int) -> float:
@@ -245,6 +257,10 @@ class Run:
     def _keep(self) -> None:
         for name, value in self.sweep.sites(self.state).items():
             self.kept.setdefault(name, []).append(value)
+        if isinstance(self.sweep, Detailed):
+            for name, (axes, value) in self.sweep.details(self.state).items():
+                self.axes[name] = axes
+                self.details.setdefault(name, []).append(value)
         number = len(next(iter(self.kept.values())))
         if self.every and number % self.every == 0:
             for name, value in self.sweep.local(self.state).items():
@@ -266,6 +282,7 @@ class Run:
         held |= {f"kept/{name}": torch.stack(parts).numpy() for name, parts in self.kept.items()}
         held |= {f"sums/{name}": value.numpy() for name, value in self.sums.items()}
         held |= {f"local/{name}": torch.stack(parts).numpy() for name, parts in self.local.items()}
+        held |= {f"details/{name}": torch.stack(parts).numpy() for name, parts in self.details.items()}
         return held | {"count": np.array([self.count, self.groups]), "random": torch.get_rng_state().numpy().copy()}
 
     def _restore(self, held: Any) -> None:
@@ -277,6 +294,9 @@ class Run:
         self.state, self.sums = part(STATE), part("sums/")
         self.kept = {name: list(values) for name, values in part("kept/").items()}
         self.local = {name: list(values) for name, values in part("local/").items()}
+        self.details = {name: list(values) for name, values in part("details/").items()}
+        if isinstance(self.sweep, Detailed):
+            self.axes = {name: axes for name, (axes, _) in self.sweep.details(self.state).items()}
         self.count, self.groups = (int(v) for v in held["count"])
         if self.groups > 1:
             self.sweep.divide(self.groups)

@@ -44,10 +44,9 @@ class Rescaled:
     def __init__(self, density: LogDensity, vector: Tensor) -> None:
         self.density = density
         signs = 2.0 * torch.randint(2, (PROBES, len(vector)), device=vector.device).to(vector.dtype) - 1.0
-        curvature = torch.zeros_like(vector)
+        slope, curvature = density.gradient(vector)[1], torch.zeros_like(vector)
         for sign in signs:
-            ahead, behind = (density.gradient(vector + side * STEP * sign)[1] for side in (1.0, -1.0))
-            curvature += sign * (behind - ahead) / (2.0 * STEP * PROBES)
+            curvature += sign * (slope - density.gradient(vector + STEP * sign)[1]) / (STEP * PROBES)
         self.scale = torch.ones_like(vector)
         for site in density.sites:
             own = curvature[site.place]

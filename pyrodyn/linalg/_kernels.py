@@ -1,4 +1,4 @@
-r"""The compiled kernels of a chain: NumPy arrays in, NumPy arrays out; one CPU core, float64, one bin after another.
+r"""The compiled kernels of a chain: NumPy arrays in, NumPy arrays out; on the CPU, float64, one bin after another.
 
 The precision :math:`J = L L^\top` is factorised from the first state to the last,
 
@@ -10,6 +10,9 @@ the first.
 Importing this module imports numba and compiles nothing. A kernel is compiled when first called, once for every latent
 dimension up to `UNROLLED` (its loops are then unrolled, and several times faster) and once for all larger ones. That
 takes seconds; numba keeps the result on disk, and the next process reads it in milliseconds.
+
+Batch elements do not know of each other. Large batches are divided among as many threads as torch has, with the same
+results to the bit.
 
 Arrays: diagonal (element, time, latent, latent), upper and link (element, time - 1, latent, latent), columns, white and
 states (element, time, latent, column). A pivot that is not positive becomes NaN, and with it its batch element.
@@ -25,10 +28,12 @@ from collections.abc import Callable
 
 import numpy as np
 
+from pyrodyn.linalg._threads import shared_out
+
 UNROLLED = 16  # compile for the very latent dimension up to here: beyond, unrolled loops are no faster
 
 # Sums may be reordered; NaN and infinity keep their meaning, since a NaN says that an element is not positive definite.
-_OPTIONS = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "arcp", "nsz"}}
+_OPTIONS = {"error_model": "numpy", "fastmath": {"reassoc", "contract", "arcp", "nsz"}, "nogil": True}
 
 
 def inlined(function: Callable) -> Callable:
@@ -40,9 +45,12 @@ def inlined(function: Callable) -> Callable:
 def kernel(layouts: str) -> Callable[[Callable], Callable[..., None]]:
     """Compile a function of arrays when first called with a latent dimension.
 
-    ``layouts`` names the layout of each array. The last argument is a tuple as long as the latent dimension: its length
+    ``layouts`` names the layout of each array: what is "distinct" is there for all batch elements, of every other array
+    each has its own part. The last argument is a tuple as long as the latent dimension: its length
     is known when compiling. An empty one stands for any dimension.
     """
+
+    common = [name == "distinct" for name in layouts.split()]
 
     def wrap(function: Callable) -> Callable[..., None]:
         @functools.cache
@@ -50,6 +58,7 @@ def kernel(layouts: str) -> Callable[[Callable], Callable[..., None]]:
             from numba import njit, types
 
             layout = {
+                "distinct": types.Array(types.float64, 4, "A"),
                 "strided": types.Array(types.float64, 4, "A"),
                 "blocks": types.Array(types.float64, 4, "C"),
                 "rows": types.Array(types.float64, 2, "C"),
@@ -69,7 +78,8 @@ def kernel(layouts: str) -> Callable[[Callable], Callable[..., None]]:
 
         def call(latent_dim: int, *arrays: np.ndarray) -> None:
             length = latent_dim if latent_dim <= UNROLLED else 0
-            specialised(length)(*arrays, (0,) * length)
+            run, known = specialised(length), (0,) * length
+            shared_out(lambda *some: run(*some, known), arrays, common)
 
         return call
 
@@ -285,7 +295,7 @@ def _own_moment_step(means, covariance, grad, share, row, b, t, dim):
 # The kernels. `own` and `above` say which of the distinct precisions a batch element has.
 
 
-@kernel("strided index strided index blocks blocks vector")
+@kernel("distinct index distinct index blocks blocks vector")
 def factor(diagonal, own, upper, above, root, link, log_det, known):
     dim = len(known) or root.shape[3]
     work = np.empty((dim, dim))
@@ -343,7 +353,7 @@ def marginals(root, link, covariance, cross, known):
             inverse_step(root, link, covariance, cross, work, b, t, b, t, after, dim)
 
 
-@kernel("strided index strided index strided blocks blocks blocks rows")
+@kernel("distinct index distinct index strided blocks blocks blocks rows")
 def evaluate(diagonal, own, upper, above, columns, root, link, white, value, known):
     """Factor, forward substitution and log normaliser in one sweep, while a block is in the cache."""
     dim = len(known) or root.shape[3]

@@ -1,4 +1,4 @@
-"""The chain kernel on one CPU core: `ChainFactor` and the log normaliser by compiled loops over time, in float64.
+"""The chain kernel on the CPU: `ChainFactor` and the log normaliser by compiled loops over time, in float64.
 
 A third of the arithmetic of the elimination in `pyrodyn.linalg.chain`, and none of the overhead of tensor operations;
 the same results to rounding. Importing this module needs numba.
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pyrodyn.linalg import _kernels, _steady
+from pyrodyn.linalg._room import room
 
 
 def _distinct(blocks: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -44,7 +45,7 @@ def _empty_factor(diagonal: Tensor, upper: Tensor) -> tuple[np.ndarray, np.ndarr
             f"{tuple(diagonal.shape)} and {tuple(upper.shape)}"
         )
     count = batch.numel()
-    return np.empty((count, time, latent, latent)), np.empty((count, time - 1, latent, latent))
+    return room((count, time, latent, latent)), room((count, time - 1, latent, latent))
 
 
 def _flat(columns: Tensor, batch: torch.Size, root: np.ndarray) -> np.ndarray:
@@ -90,7 +91,7 @@ class CompiledFactor:
         if columns.requires_grad and torch.is_grad_enabled():
             return self._parallel.solve(columns)
         flat = _flat(columns, self._batch, self._root)
-        states = np.empty(flat.shape)
+        states = room(flat.shape)
         _kernels.solve(self.latent_dim, self._root, self._link, flat, states)
         return torch.from_numpy(states).reshape(columns.shape)
 
@@ -116,13 +117,13 @@ class CompiledFactor:
 
     def _apply(self, kernel: Callable[..., None], columns: Tensor) -> Tensor:
         flat = _flat(columns, self._batch, self._root)
-        found = np.empty(flat.shape)
+        found = room(flat.shape)
         kernel(self.latent_dim, self._root, self._link, flat, found)
         return torch.from_numpy(found).reshape(columns.shape)
 
     def marginals(self) -> tuple[Tensor, Tensor]:
         """Blocks of J^-1: Cov(x_t) (*batch, time, latent, latent) and Cov(x_t, x_t+1) (*batch, time - 1, ...)."""
-        covariance, cross = np.empty(self._root.shape), np.empty(self._link.shape)
+        covariance, cross = room(self._root.shape), room(self._link.shape)
         _kernels.marginals(self.latent_dim, self._root, self._link, covariance, cross)
         return (
             torch.from_numpy(covariance).reshape(self._batch + covariance.shape[-3:]),
@@ -137,7 +138,7 @@ class LogNormaliser(torch.autograd.Function):
     def forward(ctx, diagonal: Tensor, upper: Tensor, columns: Tensor) -> Tensor:
         root, link = _empty_factor(diagonal, upper)
         flat = _flat(columns, diagonal.shape[:-3], root)
-        white, value = np.empty(flat.shape), np.empty((len(root), flat.shape[-1]))
+        white, value = room(flat.shape), np.empty((len(root), flat.shape[-1]))
         _kernels.evaluate(diagonal.shape[-1], *_distinct(diagonal), *_distinct(upper), flat, root, link, white, value)
         ctx.arrays, ctx.batch = (root, link, white), columns.shape[:-3]
         return torch.from_numpy(value).reshape(columns.shape[:-3] + columns.shape[-1:])
@@ -147,7 +148,7 @@ class LogNormaliser(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # grad: (*batch, column)
         root, link, white = ctx.arrays
         rows = np.ascontiguousarray(grad.reshape(len(root), white.shape[-1]).numpy(force=True))
-        gradients = [np.empty(part.shape) for part in (root, link, white)]
+        gradients = [room(part.shape) for part in (root, link, white)]
         _kernels.differentiate(root.shape[-1], root, link, white, rows, *gradients)
         return tuple(torch.from_numpy(part).reshape(ctx.batch + part.shape[1:]) for part in gradients)
 
@@ -167,7 +168,7 @@ class SteadyLogNormaliser(torch.autograd.Function):
         count = batch.numel()
         root, link = np.empty((count, time, latent, latent)), np.empty((count, time - 1, latent, latent))
         flat, used = _flat(columns, batch, root), np.empty(count, np.int64)
-        white, value = np.empty(flat.shape), np.empty((count, flat.shape[-1]))
+        white, value = room(flat.shape), np.empty((count, flat.shape[-1]))
         own, above = (_contiguous(part, count) for part in (blocks, upper))
         _steady.evaluate(latent, own, above, flat, root, link, white, value, used)
         most = int(used.max(initial=0))
@@ -183,7 +184,7 @@ class SteadyLogNormaliser(torch.autograd.Function):
         latent = root.shape[-1]
         rows = np.ascontiguousarray(grad.reshape(len(root), white.shape[-1]).numpy(force=True))
         count, time, _, columns = white.shape
-        moments, pulled = np.empty((count, 4, latent, latent)), np.empty((count, columns, time, latent))
+        moments, pulled = np.empty((count, 4, latent, latent)), room((count, columns, time, latent))
         _steady.differentiate(latent, root, link, white, used, rows, moments, pulled)
         found = torch.from_numpy(moments).reshape(*ctx.batch, 4, latent, latent)
         for_columns = torch.from_numpy(pulled).movedim(1, -1).reshape(*ctx.batch, time, latent, columns)

@@ -116,11 +116,20 @@ def checked_edges(edges: Any, probability: float) -> tuple[Edge, ...] | None:
     return tuple(found)
 
 
+_UNITS: WeakKeyDictionary[Recording, dict[str, Tensor]] = WeakKeyDictionary()  # positions of every region's units
+
+
 def regions_of(model: MultiRegionLDS | MultiRegionSwitchingLDS, recording: Recording) -> list[tuple[str, int, Tensor]]:
     """Name, latents, and positions of the units of every region; the order of ``latent_dim``, or of the recording."""
     dims = model.latent_dim
     pairs = [(name, dims) for name in recording.regions] if isinstance(dims, int) else dims
-    return [(n, d, torch.from_numpy((recording.region == n).nonzero()[0])) for n, d in pairs]  # type: ignore[misc]
+    known = _UNITS.setdefault(recording, {})
+    found = []
+    for name, dim in pairs:  # type: ignore[misc]
+        if name not in known:
+            known[name] = torch.from_numpy((recording.region == name).nonzero()[0])
+        found.append((name, dim, known[name]))
+    return found
 
 
 def possible_edges(model: MultiRegionLDS | MultiRegionSwitchingLDS, recording: Recording) -> tuple[Edge, ...]:

@@ -22,7 +22,7 @@ from pyrodyn.models._regions import MultiRegionParameters
 from pyrodyn.models._regions_network import common_signs, learn, move_network, scatter
 from pyrodyn.models._regions_rows import draw_courses, draw_rows, place_regressors
 from pyrodyn.models._regions_scales import apart_from_courses, draw_edge_scales, draw_variances, rescale
-from pyrodyn.program import global_laws, globals_given
+from pyrodyn.program import Labelled, global_laws, globals_given
 from pyrodyn.readouts import AffineReadout
 from pyrodyn.recording import Recording
 
@@ -179,6 +179,16 @@ class RegionSweep:
     def divide(self, groups: int) -> None:
         """From now on chains come in groups, with loadings to be turned to and a reference of their own."""
         self.values = self.values.expand(groups, *self.values.shape[-3:])
+
+    def details(self, state: State) -> Labelled:
+        """Log odds that an edge is there, all other edges being as they are; of those that may be absent."""
+        if "edge_log_odds" not in state:
+            return {}
+        size = self.layout.num_regions
+        odds = torch.full((len(state["dynamics"]), size, size), torch.nan, dtype=torch.float64)
+        target, source = torch.tensor(self.layout.edges)[self.toggle.which].mT
+        odds[:, target, source] = state["edge_log_odds"]
+        return {"edge_log_odds": (("target", "source"), odds)}
 
     def local(self, state: State) -> dict[str, Tensor]:
         """The paths (chain, trial, time, latent), in the model's gauge."""

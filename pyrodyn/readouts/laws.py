@@ -49,6 +49,7 @@ class Law(ABC):
     """
 
     is_gaussian: bool = False  # whether the path given the parameters is exactly Gaussian
+    canonical: bool = False  # whether the predictor is the natural parameter
     noise_name: str | None = None  # the site of the law's own parameter
 
     def of_units(self, units: Tensor) -> Law:
@@ -86,6 +87,10 @@ class Law(ABC):
             self.score(predictor, noise, value),
             self.curvature(predictor, noise, value),
         )
+
+    def partition(self, predictor: Tensor, noise: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """A in `log_kernel` = value * predictor - A, and its first two derivatives; of laws that are canonical."""
+        raise NotImplementedError
 
     @abstractmethod
     def mean(self, predictor: Tensor, noise: Any) -> Tensor:
@@ -232,6 +237,8 @@ class _Counts(Readout):
 class Poisson(_Counts):
     r"""Event counts: :math:`y \sim \mathrm{Poisson}(e^{\eta})`, the rate in events a bin."""
 
+    canonical = True
+
     def sample_noise(self, recording: Recording) -> None:
         return None
 
@@ -241,6 +248,10 @@ class Poisson(_Counts):
     def log_kernel(self, predictor, noise, value):
         predictor = predictor.clamp(max=MAX_LOG_RATE)
         return value * predictor - predictor.exp()
+
+    def partition(self, predictor, noise):
+        rate = self.mean(predictor, noise)
+        return rate, rate, rate
 
     def natural(self, predictor, noise):
         predictor = predictor.clamp(max=MAX_LOG_RATE)
@@ -306,6 +317,8 @@ class NegativeBinomial(_Counts):
 class Bernoulli(Readout):
     r"""Binary observations: :math:`P(y = 1) = 1 / (1 + e^{-\eta})`."""
 
+    canonical = True
+
     def check(self, recording: Recording) -> None:
         _refuse(recording, lambda y: (y != 0) & (y != 1), "Bernoulli", "zeros and ones",
                 "use readouts.Poisson() for counts, or smaller bins")  # fmt: skip
@@ -330,6 +343,10 @@ class Bernoulli(Readout):
 
     def natural(self, predictor, noise):
         return predictor, softplus(predictor)
+
+    def partition(self, predictor, noise):
+        share = torch.sigmoid(predictor)
+        return softplus(predictor), share, share * (1.0 - share)
 
     def score(self, predictor, noise, value):
         return value - torch.sigmoid(predictor)

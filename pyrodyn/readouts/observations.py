@@ -12,6 +12,8 @@ from torch.distributions import constraints
 from pyrodyn.linalg.matrix import broadcast_shapes, of_all_trials
 from pyrodyn.readouts.laws import Law
 
+PIECE = 60_000  # numbers (*batch, time, unit) at a time
+
 
 class AffineReadout(TorchDistribution):
     """The observations of all trials, bins and units given a path, under a `Law`.
@@ -70,6 +72,19 @@ class AffineReadout(TorchDistribution):
         observed = None if self.observed is None else self.observed[..., place, :]
         return AffineReadout(self.law, self.path[..., place, :], self.loading, self.offset.squeeze(-2), noise, observed)
 
+    def pieces(
+        self, observations: Tensor, batch: torch.Size | None = None
+    ) -> list[tuple[slice, AffineReadout, Tensor]]:
+        """Bins, their readout and observations, a few at a time.
+
+        What is computed for every unit of a batch of paths, by default the readout's own, then stays in the processor's
+        cache.
+        """
+        bins, units = self.event_shape
+        size = max(1, PIECE // ((self.batch_shape if batch is None else batch).numel() * units))
+        places = [slice(start, min(start + size, bins)) for start in range(0, bins, size)]
+        return [(place, self.of_bins(place), observations[..., place, :]) for place in places]
+
     def log_prob(self, value: Tensor) -> Tensor:
         return self.log_likelihood(self.predictor, value)
 
@@ -87,6 +102,11 @@ class AffineReadout(TorchDistribution):
         kernel, score, curvature = self.law.expand_log(predictor, self.noise, value)
         score, curvature = self._where_observed(score), self._where_observed(curvature)
         return self._where_observed(kernel).sum(-1), score, curvature
+
+    def partition_bins(self, predictor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `expand_bins`, for a law that is canonical, without the term that the observations enter."""
+        total, mean, variance = (self._where_observed(part) for part in self.law.partition(predictor, self.noise))
+        return -total.sum(-1), -mean, variance
 
     def kernel_bins(self, predictor: Tensor, value: Tensor) -> Tensor:
         """The first of `expand_bins` alone, (*batch, time)."""
