@@ -26,7 +26,7 @@ from pyrodyn.distributions import GaussMarkov
 from pyrodyn.linalg import log_normaliser
 from pyrodyn.linalg.matrix import broadcast_shapes, of_all_trials, product
 from pyrodyn.readouts import AffineReadout
-from pyrodyn.readouts.likelihood import PathLikelihood, outer
+from pyrodyn.readouts.likelihood import Pairs, PathLikelihood, outer
 
 MAX_NEWTON_STEPS = 100
 MAX_PREDICTOR_STEP = 4.0  # in one Newton step no predictor moves further: exp() overshoots from afar
@@ -364,6 +364,7 @@ def _first_path(prior: GaussMarkov, readout: AffineReadout, observations: Tensor
     observation and its unit's mean in the trial: how generalised linear models are started (McCullagh and Nelder,
     Generalized Linear Models, 1989, section 2.5).
     """
+    pairs = Pairs(readout.loading)
     middle, sums = _moments(observations, readout.observed)
     _, total, bins = sums.unsqueeze(-2).chunk(3, -1)
     typical = (total + bins * middle + 0.5) / (bins + 1.0)
@@ -373,7 +374,7 @@ def _first_path(prior: GaussMarkov, readout: AffineReadout, observations: Tensor
         predictor = own.law.link(0.5 * (values + typical))
         _, score, curvature = own.expand_bins(predictor, values)
         target = score + curvature * (predictor - own.offset)
-        found.append((outer(own, curvature), of_all_trials(target, own.loading)))
+        found.append((pairs.outer(curvature), of_all_trials(target, own.loading)))
     precision, linear = zip(*found, strict=True)
     return prior.condition(torch.cat(precision, -3), torch.cat(linear, -2)).mean
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 
 import torch
 from torch import Tensor
@@ -33,6 +33,11 @@ class PathLikelihood:
             seen = observations if readout.observed is None else torch.where(readout.observed, observations, 0.0)
             self.linear = of_all_trials(seen, self.loading)
 
+    @functools.cached_property
+    def pairs(self) -> Pairs:
+        """Of the loadings."""
+        return Pairs(self.loading)
+
     def bins(self, path: Tensor) -> Tensor:
         """In every bin, (*draw, trial, time)."""
         values = []
@@ -57,7 +62,7 @@ class PathLikelihood:
             value, score, curvature = self._expand(path[..., place, :], own, seen)
             values.append(value)
             forces.append(of_all_trials(score, self.loading))
-            precisions.append(outer(own, curvature))
+            precisions.append(self.pairs.outer(curvature))
         return self._whole(values, path), self._force(forces), torch.cat(precisions, -3)
 
     def reach(self, step: Tensor) -> Tensor:
@@ -80,25 +85,35 @@ class PathLikelihood:
         return force + self.linear if self.canonical else force
 
 
+class Pairs:
+    """Products of the loadings of every two latents, each formed once; outside of autograd.
+
+    Of two that are equal by symmetry one is formed, and one of all that are zero: units that read out few of the
+    latents leave few others.
+    """
+
+    def __init__(self, loading: Tensor) -> None:
+        self.shape = loading.shape[-1:] * 2
+        products = _products(loading)
+        flat = torch.arange(products.shape[-1], device=loading.device)
+        first = torch.minimum(flat, flat.reshape(self.shape).mT.flatten())
+        empty = ~(products != 0.0).flatten(0, -2).any(0)
+        if bool(empty.any()):
+            first = torch.where(empty, empty.to(torch.uint8).argmax(), first)
+        distinct, self.place = first.unique(return_inverse=True)
+        self.products = products[..., distinct]  # (*draw, unit, pair)
+
+    def outer(self, curvature: Tensor) -> Tensor:
+        """C' diag(curvature) C in every bin, (*batch, time, latent, latent)."""
+        return of_all_trials(curvature, self.products)[..., self.place].unflatten(-1, self.shape)
+
+
 def outer(readout: AffineReadout, curvature: Tensor) -> Tensor:
     """C' diag(curvature) C in every bin, (*batch, time, latent, latent)."""
-    loading = readout.loading
-    pairs = (loading.unsqueeze(-1) * loading.unsqueeze(-2)).flatten(-2)
-    if torch.is_grad_enabled():
-        precision = of_all_trials(curvature, pairs)
-    else:
-        distinct, place = _distinct_pairs(pairs)
-        precision = of_all_trials(curvature, pairs[..., distinct])[..., place]
-    return precision.reshape(precision.shape[:-1] + loading.shape[-1:] * 2)
+    if not torch.is_grad_enabled():
+        return Pairs(readout.loading).outer(curvature)
+    return of_all_trials(curvature, _products(readout.loading)).unflatten(-1, readout.loading.shape[-1:] * 2)
 
 
-def _distinct_pairs(pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """One of each two columns (*draw, unit, pair) that are equal by symmetry, one of all that are zero, and where every
-    column is found among these: units that read out few of the latents leave few columns."""
-    flat = torch.arange(pairs.shape[-1], device=pairs.device)
-    size = math.isqrt(len(flat))
-    first = torch.minimum(flat, flat.reshape(size, size).mT.flatten())
-    empty = ~(pairs != 0.0).flatten(0, -2).any(0)
-    if bool(empty.any()):
-        first = torch.where(empty, empty.to(torch.uint8).argmax(), first)
-    return first.unique(return_inverse=True)
+def _products(loading: Tensor) -> Tensor:
+    return (loading.unsqueeze(-1) * loading.unsqueeze(-2)).flatten(-2)
