@@ -11,7 +11,7 @@ import weakref
 
 import numpy as np
 
-SMALL = 1 << 16  # bytes below which memory is not handed back anyway
+SMALL = 1 << 16  # bytes below which memory is not handed back to the system anyway
 KEPT = 1 << 27  # bytes that wait at most
 
 _waiting: dict[int, list[np.ndarray]] = {}  # by their number of bytes, powers of two
@@ -20,7 +20,7 @@ _waiting: dict[int, list[np.ndarray]] = {}  # by their number of bytes, powers o
 def room(shape: tuple[int, ...]) -> np.ndarray:
     """An array of float64 to be filled. Its memory waits for the next one when no array refers to it any more."""
     count = math.prod(shape)
-    if 8 * count < SMALL:
+    if not SMALL <= 8 * count <= KEPT:
         return np.empty(shape)
     size = 1 << (8 * count - 1).bit_length()
     try:
