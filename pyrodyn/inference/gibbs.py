@@ -127,8 +127,7 @@ class Gibbs:
             "sweeps_per_chain": self.warmup + self.thin * self.draws,
             "starts": run.groups,
         }
-        details: Labelled = {name: (run.axes[name], torch.stack(parts, 1)) for name, parts in run.details.items()}
-        return Draws(samples, "sampled", details=details, local=local, kept=kept, notes=notes | run.rates())
+        return Draws(samples, "sampled", details=run.labelled(), local=local, kept=kept, notes=notes | run.rates())
 
     def _begun(self, model: Any, recording: Any, sweep: Sweep) -> Run:
         """Chains from the best of a model's starts; of sessions, each session's own."""
@@ -202,7 +201,6 @@ class Run:
         self.kept: dict[str, list[Tensor]] = {}
         self.local: dict[str, list[Tensor]] = {}
         self.details: dict[str, list[Tensor]] = {}
-        self.axes: dict[str, tuple[str, ...]] = {}  # of the details, behind chain and draw
         self.sums: dict[str, Tensor] = {}
 
     def scout(self, density: LogDensity, total: int) -> float:
@@ -250,6 +248,13 @@ class Run:
         self.count += 1
         self._check()
 
+    def labelled(self) -> Labelled:
+        """Details of all draws, (chain, draw, ...)."""
+        if not isinstance(self.sweep, Detailed):
+            return {}
+        axes = {name: axes for name, (axes, _) in self.sweep.details(self.state).items()}
+        return {name: (axes[name], torch.stack(parts, 1)) for name, parts in self.details.items()}
+
     def rates(self) -> dict[str, float]:
         """Mean acceptance of the moves that may be refused, over all draws."""
         return {name: round(float(value.mean() / max(1, self.options.draws)), 3) for name, value in self.sums.items()}
@@ -258,8 +263,7 @@ class Run:
         for name, value in self.sweep.sites(self.state).items():
             self.kept.setdefault(name, []).append(value)
         if isinstance(self.sweep, Detailed):
-            for name, (axes, value) in self.sweep.details(self.state).items():
-                self.axes[name] = axes
+            for name, (_, value) in self.sweep.details(self.state).items():
                 self.details.setdefault(name, []).append(value)
         number = len(next(iter(self.kept.values())))
         if self.every and number % self.every == 0:
@@ -295,8 +299,6 @@ class Run:
         self.kept = {name: list(values) for name, values in part("kept/").items()}
         self.local = {name: list(values) for name, values in part("local/").items()}
         self.details = {name: list(values) for name, values in part("details/").items()}
-        if isinstance(self.sweep, Detailed):
-            self.axes = {name: axes for name, (axes, _) in self.sweep.details(self.state).items()}
         self.count, self.groups = (int(v) for v in held["count"])
         if self.groups > 1:
             self.sweep.divide(self.groups)
