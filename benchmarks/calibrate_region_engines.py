@@ -13,7 +13,7 @@ import argparse
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from pyrodyn import guides, inference, models, readouts
 from pyrodyn.calibration import simulated
 from pyrodyn.comparison.terms import evidence_error, smoothed
 from pyrodyn.inference import LogDensity, collapse
-from pyrodyn.inference.engine import double_precision, random_stream
+from pyrodyn.inference.engine import ReplicatingEngine, double_precision, random_stream
 from pyrodyn.posterior import thinned
 from pyrodyn.program import draws_of, globals_given
 
@@ -36,11 +36,12 @@ UNITS = 4  # of each region
 PRIOR_SEED, ENGINE_SEED = 0, 1
 WEIGHTED, PARTICLES = 100, 200  # draws whose evidence is corrected, each by so many particles
 COUNTS = (4, 50)  # trials and bins
-BATCH = 16  # replicates
-GIBBS = inference.Gibbs(draws=100, warmup=100, chains=4)
-HMC = inference.HMC(draws=20, warmup=50, chains=8)
-LAPLACE = inference.Laplace(draws=400, max_steps=200)
-SVI = inference.SVI(guide=guides.Structured(), steps=500, draws=400)
+ENGINES: dict[str, Any] = {
+    "Gibbs": inference.Gibbs(draws=100, warmup=100, chains=4),
+    "HMC": inference.HMC(draws=20, warmup=50, chains=8),
+    "Laplace": inference.Laplace(draws=400, max_steps=200),
+    "SVI": inference.SVI(guide=guides.Structured(), steps=500, draws=400),
+}
 LABELS = {"HMC": "HMC, path by Laplace", "SVI": "SVI, structured"}
 GUIDES = {"SVI, full rank": None, "SVI, structured": guides.Structured()}
 
@@ -109,44 +110,52 @@ class Replicates:
     """Parameters from the prior, and what was recorded of them; the same for every engine."""
 
     def __init__(self, number: int) -> None:
-        self.model, self.blank, self.number = model_of(True), like("ABC", *COUNTS, True), number
+        self.model, self.blank, self.first = model_of(True), like("ABC", *COUNTS, True), 0
         self.sites, self.observations = simulated(self.model, self.blank, number, PRIOR_SEED)
-        truth = {name: value[:, 0].unsqueeze(1) for name, value in self.sites.items()}
-        self.truth = strengths(self.model, truth, self.blank)  # (replicate, edge)
+
+    def __len__(self) -> int:
+        return len(self.observations)
+
+    def only(self, index: int) -> Replicates:
+        """One of them by itself."""
+        found = copy(self)
+        found.first = index
+        found.sites = {name: value[index : index + 1] for name, value in self.sites.items()}
+        found.observations = self.observations[index : index + 1]
+        return found
+
+    @property
+    def truth(self) -> np.ndarray:
+        """Strengths (replicate, edge)."""
+        return strengths(self.model, {n: value[:, 0].unsqueeze(1) for n, value in self.sites.items()}, self.blank)
 
     def recording(self, index: int) -> dyn.Recording:
         return self.blank.with_observations(self.observations[index, 0])
 
-    def batched(self, engine: Any) -> dict[str, Tensor]:
-        """Sites (replicate, draw, 1, *event), some replicates as one batch: the slowest of them is waited for."""
-        parts = []
-        with double_precision(), torch.no_grad(), random_stream(ENGINE_SEED):
-            for rows in range(0, self.number, BATCH):
-                some = slice(rows, rows + BATCH)
-                density = LogDensity(collapse(self.model), self.blank, self.observations[some])
-                sites = {name: value[some] for name, value in self.sites.items()}
-                parts.append(density.constrain(engine.replicate(density, density.unconstrain(sites))))
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-    def one_by_one(self, engine: Any) -> dict[str, Tensor]:
-        fits = [engine.run(self.model, self.recording(i), seed=ENGINE_SEED + i).samples for i in range(self.number)]
+    def drawn(self, engine: Any) -> dict[str, Tensor]:
+        """Sites (replicate, draw, 1, *event), all as one batch where the engine takes replicates."""
+        if isinstance(engine, ReplicatingEngine):
+            with double_precision(), torch.no_grad(), random_stream(ENGINE_SEED + self.first):
+                density = LogDensity(collapse(self.model), self.blank, self.observations)
+                return density.constrain(engine.replicate(density, density.unconstrain(self.sites)))
+        seeds = [ENGINE_SEED + self.first + i for i in range(len(self))]
+        fits = [engine.run(self.model, self.recording(i), seed=seed).samples for i, seed in enumerate(seeds)]
         return {name: torch.stack([fit[name].flatten(0, 1).unsqueeze(1) for fit in fits]) for name in fits[0]}
 
     def places(self, drawn: dict[str, Tensor]) -> np.ndarray:
         """Share (replicate, edge) of draws below the truth."""
-        rows = range(self.number)
-        return np.stack([(self._strengths(drawn, i) < self.truth[i]).mean(0) for i in rows])
+        return np.stack([(self._strengths(drawn, i) < self.truth[i]).mean(0) for i in range(len(self))])
 
     def weighted(self, drawn: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
         """`places` of some draws, weighted by particles; and the share of them that the weights are worth."""
         chosen = thinned(next(iter(drawn.values())).shape[1], WEIGHTED)
         places, worth = [], []
-        for i in range(self.number):
+        for i in range(len(self)):
             recording = self.recording(i)
             parameters = globals_given(self.model, {n: v[i, chosen] for n, v in drawn.items()}, recording)
             errors = evidence_error(
                 self.model, lambda some, of=parameters: draws_of(of, some), np.arange(len(chosen)), recording,
-                PARTICLES, ENGINE_SEED + i,
+                PARTICLES, ENGINE_SEED + self.first + i,
             )  # fmt: skip
             weight = np.exp(smoothed(errors.sum(-1)[:, None])[0][:, 0])
             weight /= weight.sum()
@@ -160,26 +169,29 @@ class Replicates:
 
 def coverage(replicates: int, engines: list[str]) -> list[str]:
     """Intervals of the strengths of all edges."""
-    made = Replicates(replicates)
-    runs: dict[str, Callable[[], dict[str, Tensor]]] = {
-        "Gibbs": lambda: made.batched(GIBBS),
-        "HMC": lambda: made.batched(HMC),
-        "Laplace": lambda: made.batched(LAPLACE),
-        "SVI": lambda: made.one_by_one(SVI),
-    }
     lines = ["| engine | in 50% intervals | in 90% intervals | seconds a replicate |", "|---|---|---|---|"]
     worth = ""
+    made = Replicates(replicates)
     for name in engines:
-        began = time.process_time()
-        drawn = runs[name]()
-        seconds = (time.process_time() - began) / replicates
-        lines.append(_row(LABELS.get(name, name), made.places(drawn), seconds))
-        print(lines[-1], flush=True)
-        if name == "HMC":
+        # Among 64 there are counts of a billion in a bin: engines that search for paths go one by one, lest all others
+        # wait for those.
+        parts = [made] if name == "Gibbs" else [made.only(i) for i in range(replicates)]
+        places, weighted, efficiency, spent = [], [], [], np.zeros(2)
+        for part in parts:
             began = time.process_time()
-            places, efficiency = made.weighted(drawn)
-            seconds = (time.process_time() - began) / replicates
-            lines.append(_row("the same, weighted by particles", places, seconds))
+            drawn = part.drawn(ENGINES[name])
+            places.append(part.places(drawn))
+            spent[0] += time.process_time() - began
+            if name == "HMC":
+                began = time.process_time()
+                found = part.weighted(drawn)
+                weighted.append(found[0])
+                efficiency.append(found[1])
+                spent[1] += time.process_time() - began
+        lines.append(_row(LABELS.get(name, name), np.concatenate(places), spent[0] / replicates))
+        print(lines[-1], flush=True)
+        if weighted:
+            lines.append(_row("the same, weighted by particles", np.concatenate(weighted), spent[1] / replicates))
             print(lines[-1], flush=True)
             worth = f"Weighted draws are worth {100 * np.median(efficiency):.0f}% as many, in the median."
     return [*lines, "", worth] if worth else lines
@@ -197,7 +209,7 @@ def _row(name: str, places: np.ndarray, seconds: float) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["agreement", "coverage"])
-    parser.add_argument("--engines", nargs="+", default=["Gibbs", "HMC", "Laplace", "SVI"])
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES))
     parser.add_argument("--seeds", type=int, default=6, help="systems of two regions")
     parser.add_argument("--replicates", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path("docs/tables/region_engines.md"))
