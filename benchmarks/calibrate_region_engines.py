@@ -42,6 +42,7 @@ ENGINES: dict[str, Any] = {
     "Laplace": inference.Laplace(draws=400, max_steps=200),
     "SVI": inference.SVI(guide=guides.Structured(), steps=500, draws=400),
 }
+TOGETHER = {"Gibbs": 64, "HMC": 8}  # replicates in a batch; the others go one by one
 LABELS = {"HMC": "HMC, path by Laplace", "SVI": "SVI, structured"}
 GUIDES = {"SVI, full rank": None, "SVI, structured": guides.Structured()}
 
@@ -116,12 +117,15 @@ class Replicates:
     def __len__(self) -> int:
         return len(self.observations)
 
-    def only(self, index: int) -> Replicates:
-        """One of them by itself."""
-        found = copy(self)
-        found.first = index
-        found.sites = {name: value[index : index + 1] for name, value in self.sites.items()}
-        found.observations = self.observations[index : index + 1]
+    def groups(self, size: int) -> list[Replicates]:
+        """As many together: those with the largest counts, of up to a billion in a bin, hold up a search for paths."""
+        found = []
+        for some in self.observations.flatten(1).amax(1).argsort().split(size):
+            group = copy(self)
+            group.first = int(some[0])
+            group.sites = {name: value[some] for name, value in self.sites.items()}
+            group.observations = self.observations[some]
+            found.append(group)
         return found
 
     @property
@@ -173,11 +177,8 @@ def coverage(replicates: int, engines: list[str]) -> list[str]:
     worth = ""
     made = Replicates(replicates)
     for name in engines:
-        # Among 64 there are counts of a billion in a bin: engines that search for paths go one by one, lest all others
-        # wait for those.
-        parts = [made] if name == "Gibbs" else [made.only(i) for i in range(replicates)]
         places, weighted, efficiency, spent = [], [], [], np.zeros(2)
-        for part in parts:
+        for part in made.groups(TOGETHER.get(name, 1)):
             began = time.process_time()
             drawn = part.drawn(ENGINES[name])
             places.append(part.places(drawn))
