@@ -182,9 +182,9 @@ def test_what_a_reference_leaves_over_is_the_likelihood_less_its_quadratic_whate
         reference = reference.levelled(seen)
         one = reference.curvature[0, :, :, 2]
         assert float(one[seen[..., 2]].std()) < 1e-12 and not bool(one[~seen[..., 2]].any())
-    monkeypatch.setattr("pyrodyn.conditionals.paths.PIECE", 100)
+    monkeypatch.setattr("pyrodyn.readouts.observations.PIECE", 100)
     rest = Leftover(readout, observations, *reference.potential(readout))
-    assert len(rest.pieces) > 3
+    assert len(rest.likelihood.pieces) > 3
 
     def by_units(at: torch.Tensor) -> torch.Tensor:
         predictor = readout.predict(at)
