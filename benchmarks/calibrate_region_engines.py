@@ -111,7 +111,7 @@ class Replicates:
     """Parameters from the prior, and what was recorded of them; the same for every engine."""
 
     def __init__(self, number: int) -> None:
-        self.model, self.blank, self.first = model_of(True), like("ABC", *COUNTS, True), 0
+        self.model, self.blank, self.seed = model_of(True), like("ABC", *COUNTS, True), ENGINE_SEED
         self.sites, self.observations = simulated(self.model, self.blank, number, PRIOR_SEED)
 
     def __len__(self) -> int:
@@ -122,7 +122,7 @@ class Replicates:
         found = []
         for some in self.observations.flatten(1).amax(1).argsort().split(size):
             group = copy(self)
-            group.first = int(some[0])
+            group.seed = ENGINE_SEED + int(some[0])
             group.sites = {name: value[some] for name, value in self.sites.items()}
             group.observations = self.observations[some]
             found.append(group)
@@ -139,10 +139,10 @@ class Replicates:
     def drawn(self, engine: Any) -> dict[str, Tensor]:
         """Sites (replicate, draw, 1, *event), all as one batch where the engine takes replicates."""
         if isinstance(engine, ReplicatingEngine):
-            with double_precision(), torch.no_grad(), random_stream(ENGINE_SEED + self.first):
+            with double_precision(), torch.no_grad(), random_stream(self.seed):
                 density = LogDensity(collapse(self.model), self.blank, self.observations)
                 return density.constrain(engine.replicate(density, density.unconstrain(self.sites)))
-        seeds = [ENGINE_SEED + self.first + i for i in range(len(self))]
+        seeds = [self.seed + i for i in range(len(self))]
         fits = [engine.run(self.model, self.recording(i), seed=seed).samples for i, seed in enumerate(seeds)]
         return {name: torch.stack([fit[name].flatten(0, 1).unsqueeze(1) for fit in fits]) for name in fits[0]}
 
@@ -159,7 +159,7 @@ class Replicates:
             parameters = globals_given(self.model, {n: v[i, chosen] for n, v in drawn.items()}, recording)
             errors = evidence_error(
                 self.model, lambda some, of=parameters: draws_of(of, some), np.arange(len(chosen)), recording,
-                PARTICLES, ENGINE_SEED + self.first + i,
+                PARTICLES, self.seed + i,
             )  # fmt: skip
             weight = np.exp(smoothed(errors.sum(-1)[:, None])[0][:, 0])
             weight /= weight.sum()

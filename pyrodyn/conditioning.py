@@ -31,7 +31,7 @@ from pyrodyn.readouts.likelihood import Pairs, PathLikelihood, outer
 MAX_NEWTON_STEPS = 100
 MAX_PREDICTOR_STEP = 4.0  # in one Newton step no predictor moves further: exp() overshoots from afar
 TOLERANCE = 1e-4  # largest full step of a latent at convergence; its error is the square, and is squared again
-COARSE = 1e-2  # where only the value is wanted, in which an error of the mode is squared once more
+COARSE = 1e-2  # where only the value is wanted; in any case of a predictor, whatever the units of the latents
 SUFFICIENT = 1e-4  # Armijo's constant
 WORTH = 5000  # bins x latents squared of a factorisation that are worth the calls of a group of trials
 MOST_GROUPS = 32  # of trials of one mask
@@ -337,7 +337,8 @@ def find_mode(prior: GaussMarkov, readout: AffineReadout, observations: Tensor, 
     for _ in range(MAX_NEWTON_STEPS):
         slope = prior.force(state) + force
         step = GaussMarkov(prior.diagonal + precision, prior.upper, slope).mean
-        size = (MAX_PREDICTOR_STEP / likelihood.reach(step).clamp(min=1e-12)).clamp(max=1.0)
+        reach = likelihood.reach(step)
+        size = (MAX_PREDICTOR_STEP / reach.clamp(min=1e-12)).clamp(max=1.0)
         gain = (slope * step).sum((-2, -1))
         active = active & torch.isfinite(gain)
         size = torch.where(active, size, 0.0)
@@ -351,7 +352,7 @@ def find_mode(prior: GaussMarkov, readout: AffineReadout, observations: Tensor, 
                 break
             size = torch.where(enough, size, 0.5 * size)
         state, value = ahead, value_ahead
-        active = active & (step.abs().amax((-2, -1)) > tolerance)
+        active = active & ((step.abs().amax((-2, -1)) > tolerance) | (reach > COARSE))
         if not bool(active.any()):
             break
     return state

@@ -84,7 +84,12 @@ def pooled_datatree(
     warn_of(found.complaints, "what sessions share", stacklevel=4)
     children = {}
     for name, recording in recordings.items():
-        own = replace(draws, samples=_of(name, draws.samples, "log_size"), local=_of(name, draws.local))
+        own = replace(
+            draws,
+            samples=_of(name, draws.samples, "log_size"),
+            local=_of(name, draws.local),
+            details=_of(name, draws.details),
+        )
         model = pooled.of(recording)
         child = to_datatree(model, recording, engine, own, seed=seed, seconds=seconds, label=f"session {name!r}")
         child["sample_stats"] = child["sample_stats"].to_dataset().drop_vars("lp", errors="ignore")
@@ -115,7 +120,7 @@ def refuse_pooled(posterior: xr.DataTree, verb: str) -> None:
         )
 
 
-def _of(name: str, held: Mapping[str, Tensor], *without: str) -> dict[str, Tensor]:
-    """A session's own sites."""
+def _of(name: str, held: Mapping[str, Any], *without: str) -> dict[str, Any]:
+    """A session's own part."""
     inside = {n.removeprefix(f"{name}/"): v for n, v in held.items() if n.startswith(f"{name}/")}
     return {n: v for n, v in inside.items() if n not in without}

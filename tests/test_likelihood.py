@@ -75,13 +75,16 @@ def test_what_units_see_of_a_path_is_the_same_with_and_without_a_gradient(empty)
     assert torch.equal(found, found.mT)
 
 
+@pytest.mark.parametrize("unit", [1.0, 50.0])
 @pytest.mark.parametrize("law", [law for law in LAWS if not law.values[0].is_gaussian])
-def test_the_evidence_alone_is_the_one_that_a_gradient_is_taken_of(law):
-    """Its mode is looked for with less patience."""
+def test_the_evidence_alone_is_the_one_that_a_gradient_is_taken_of(law, unit):
+    """Its mode is looked for with less patience, whatever the units of the latents."""
     readout, seen, _ = parts(law, True)
+    readout.loading = unit * readout.loading
     turn = torch.linalg.qr(normal(9, LATENTS, LATENTS))[0]
     eye = torch.eye(LATENTS, dtype=torch.float64).expand(DRAWS, 1, -1, -1)
-    prior = GaussMarkov.from_dynamics(0.95 * turn @ eye, 0.3 * eye, num_bins=BINS, initial_covariance=2.0 * eye)
+    noise, initial = 0.3 * eye / unit**2, 2.0 * eye / unit**2
+    prior = GaussMarkov.from_dynamics(0.95 * turn @ eye, noise, num_bins=BINS, initial_covariance=initial)
     graded = laplace_evidence(prior, readout, seen)
     with torch.no_grad():
         alone = laplace_evidence(prior, readout, seen)

@@ -18,6 +18,7 @@ from pyrodyn.conditionals.paths import factors, levelled
 from pyrodyn.errors import ModelError
 from pyrodyn.inference import _starts, gibbs
 from pyrodyn.inference._starts import starts
+from pyrodyn.inference.collapse import collapse
 from pyrodyn.inference.density import LogDensity
 from pyrodyn.inference.engine import double_precision, random_stream
 from pyrodyn.inference.gibbs import FEWEST, Run
@@ -480,3 +481,14 @@ def test_a_unit_of_rare_bursts_does_not_take_a_latent_at_the_start():
     with double_precision():
         (values,) = starts(model, recording, several=False)
         assert float(globals_given(model, values, recording).loading.abs().max()) < 1.0
+
+
+def test_what_was_first_asked_without_gradients_serves_them_later():
+    recording = coupled_regions(regions=2, units=4, trials=2, bins=20, mean_count=2.0, seed=0).recording
+    model = models.MultiRegionLDS(1)
+    with torch.inference_mode():
+        model.regions(recording)
+    with double_precision():
+        density = LogDensity(collapse(model), recording)
+        _, slope = density.gradient(density.unconstrain(model.initial_values(recording)))
+    assert bool(torch.isfinite(slope).all())

@@ -173,6 +173,9 @@ def test_the_graph_of_sessions_stands_side_by_side(fitted):
     assert np.isnan(graph["strength"].sel(session="s2", target="R3")).all()
     assert np.isfinite(graph["strength"].sel(session="s2", target="R1", source="R2")).all()
     assert graph["edge_rate"].dims == ("chain", "draw", "target", "source")
+    assert graph["log_odds"].dims == ("session", "target", "source")
+    np.testing.assert_array_equal(graph["log_odds"].sel(session="s1"), alone["log_odds"])
+    assert int(np.isfinite(graph["log_odds"].sel(session="s2")).sum()) == 2
 
 
 @pytest.mark.long

@@ -11,7 +11,7 @@ from pyrodyn.errors import NonFiniteError
 from pyrodyn.inference.density import LogDensity
 from pyrodyn.progress import progress
 
-STEP = 1e-4  # of the central differences, in unconstrained coordinates, whose posterior sds are of order .01 to 1
+STEP = 1e-4  # of differences, in unconstrained coordinates, whose posterior sds are of order .01 to 1
 MEMORY = 30  # pairs of steps and changes of the gradient that L-BFGS remembers
 SUFFICIENT, CURVATURE = 1e-4, 0.9  # Wolfe's constants
 FLAT = 1e-5  # largest entry of the gradient at which there is nowhere to climb

@@ -8,6 +8,7 @@ from torch import Tensor
 from pyrodyn.distributions import PoolPrior
 from pyrodyn.distributions.pool import SESSIONS_SEEN, SIZE_SD, log_spread_prior
 from pyrodyn.models._regions_sweep import RegionSweep, State
+from pyrodyn.program import Labelled
 
 STEPS = 5  # of the random walks of sizes and of their spread in a sweep: no likelihood is asked
 OWN_STEP, SPREAD_STEP = 0.4, 0.5
@@ -53,6 +54,10 @@ class PooledSweep:
             own = _part(name, state)
             found |= _joined(name, sweep.sites(own)) | {f"{name}/log_size": own["edge_log_size"]}
         return found
+
+    def details(self, state: State) -> Labelled:
+        own = {name: sweep.details(_part(name, state)) for name, sweep in self.sweeps.items()}
+        return {f"{name}/{detail}": value for name, found in own.items() for detail, value in found.items()}
 
     def local(self, state: State) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

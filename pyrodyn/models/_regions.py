@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import networkx as nx
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -116,7 +117,7 @@ def checked_edges(edges: Any, probability: float) -> tuple[Edge, ...] | None:
     return tuple(found)
 
 
-_UNITS: WeakKeyDictionary[Recording, dict[str, Tensor]] = WeakKeyDictionary()  # positions of every region's units
+_UNITS: WeakKeyDictionary[Recording, dict[str, np.ndarray]] = WeakKeyDictionary()  # positions of every region's units
 
 
 def regions_of(model: MultiRegionLDS | MultiRegionSwitchingLDS, recording: Recording) -> list[tuple[str, int, Tensor]]:
@@ -127,8 +128,8 @@ def regions_of(model: MultiRegionLDS | MultiRegionSwitchingLDS, recording: Recor
     found = []
     for name, dim in pairs:  # type: ignore[misc]
         if name not in known:
-            known[name] = torch.from_numpy((recording.region == name).nonzero()[0])
-        found.append((name, dim, known[name]))
+            known[name] = (recording.region == name).nonzero()[0]
+        found.append((name, dim, torch.from_numpy(known[name])))
     return found
 
 

@@ -121,7 +121,7 @@ def move_network(sweep: RegionSweep, state: State, adapt: bool) -> None:
         rise = (0.3 * (ACCEPTED - state["network_acceptance"])).exp()
         state["caution"] = (state["caution"] * rise).clamp(1.0, 30.0)
     state["dynamics"] = sweep.layout.matrix(here.vector)
-    if sweep.slab.uncertain:
+    if sweep.slab.uncertain and not adapt:
         state["edge_log_odds"] = sweep.toggle.log_odds(here.vector, here.slope, state["information"], prior)
     if along is not None:
         state["path"] = along.path
