@@ -46,8 +46,8 @@ def kernel(layouts: str) -> Callable[[Callable], Callable[..., None]]:
     """Compile a function of arrays when first called with a latent dimension.
 
     ``layouts`` names the layout of each array: what is "distinct" is there for all batch elements, of every other array
-    each has its own part. The last argument is a tuple as long as the latent dimension: its length
-    is known when compiling. An empty one stands for any dimension.
+    each has its own part. The last argument is a tuple as long as the latent dimension: its length is known when
+    compiling. An empty one stands for any dimension.
     """
 
     common = [name == "distinct" for name in layouts.split()]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyrodyn.linalg.matrix import broadcast_shapes, of_all_trials
-from pyrodyn.readouts.laws import Law
+from pyrodyn.readouts.law import Law
 
 PIECE = 60_000  # numbers (*batch, time, unit) at a time
 

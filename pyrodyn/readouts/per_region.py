@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyrodyn.errors import ModelError, ReadoutError
 from pyrodyn.linalg.matrix import broadcast_shapes
-from pyrodyn.readouts.laws import Law, Readout
+from pyrodyn.readouts.law import Law, Readout
 from pyrodyn.recording import Recording
 
 NOISE = "readout_noise"
