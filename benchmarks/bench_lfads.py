@@ -20,7 +20,7 @@ from pyrodyn import guides, inference, models, systems
 from pyrodyn.evaluation import rate_r2
 from pyrodyn.guides import Start
 from pyrodyn.inference import Cosine, EarlyStopping, Training
-from pyrodyn.inference.engine import double_precision, random_stream
+from pyrodyn.inference.engine import numerics, random_stream
 from pyrodyn.inference.loop import Run
 from pyrodyn.program import globals_given
 from pyrodyn.scoring import bits_per_spike_over_trials
@@ -78,7 +78,7 @@ def step() -> None:
     recording = dyn.Recording.from_arrays(counts, bin_width=0.01)
     for inputs in (0, 4):
         model = models.LFADS(40, generator_dim=100, initial_dim=100, input_dim=inputs, controller_dim=80)
-        with random_stream(0), double_precision(), pyro.settings.context(module_local_params=True):
+        with random_stream(0), numerics(), pyro.settings.context(module_local_params=True):
             guide = guides.Amortised(hidden_dim=100)(model, recording, Start(model.initial_values(recording), None))
             guide(recording)
             training = Training(single_precision=True, dropout=0.3, clip=5.0)

@@ -29,7 +29,7 @@ import pyrodyn as dyn
 from pyrodyn import inference, models, readouts
 from pyrodyn.diagnostics import nested_rhat
 from pyrodyn.inference import LogDensity, collapse
-from pyrodyn.inference.engine import Engine, double_precision, starting_values
+from pyrodyn.inference.engine import Engine, numerics, starting_values
 from pyrodyn.program import Program
 from pyrodyn.recording import Recording
 
@@ -65,7 +65,7 @@ def draws_of(program: Program, recording: Recording, engine: Engine) -> tuple[np
     began = time.process_time()
     samples = engine.run(program, recording, seed=0).samples
     seconds = time.process_time() - began
-    with double_precision():
+    with numerics():
         density = LogDensity(collapse(program) if isinstance(program, models.LDS) else program, recording)
         flat = {name: value.flatten(0, 1).unsqueeze(1) for name, value in samples.items()}
         vectors = density.unconstrain(flat)
@@ -75,7 +75,7 @@ def draws_of(program: Program, recording: Recording, engine: Engine) -> tuple[np
 
 def peers_lds(model: Program, recording: Recording) -> dict[str, np.ndarray]:
     """The recording, and where our chains start from under the names of the peers' sites."""
-    with double_precision():
+    with numerics():
         found = {name: value.numpy() for name, value in starting_values(model, recording, 200, "mode").items()}
     rows = found["weights"]
     assert isinstance(model, models.LDS)

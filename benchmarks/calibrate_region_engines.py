@@ -28,7 +28,7 @@ from pyrodyn import guides, inference, models, readouts
 from pyrodyn.calibration import simulated
 from pyrodyn.comparison.terms import evidence_error, smoothed
 from pyrodyn.inference import LogDensity, collapse
-from pyrodyn.inference.engine import ReplicatingEngine, double_precision, random_stream
+from pyrodyn.inference.engine import ReplicatingEngine, numerics, random_stream
 from pyrodyn.posterior import thinned
 from pyrodyn.program import draws_of, globals_given
 
@@ -139,7 +139,7 @@ class Replicates:
     def drawn(self, engine: Any) -> dict[str, Tensor]:
         """Sites (replicate, draw, 1, *event), all as one batch where the engine takes replicates."""
         if isinstance(engine, ReplicatingEngine):
-            with double_precision(), torch.no_grad(), random_stream(self.seed):
+            with numerics(), torch.no_grad(), random_stream(self.seed):
                 density = LogDensity(collapse(self.model), self.blank, self.observations)
                 return density.constrain(engine.replicate(density, density.unconstrain(self.sites)))
         seeds = [self.seed + i for i in range(len(self))]

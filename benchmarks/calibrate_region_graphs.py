@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import xarray as xr
-from _regions import SETTINGS, Recovered, ceiling, edge_auroc, floor, off_diagonal, scores
+from _oracle import graph_of, oracle
+from _regions import SETTINGS, Recovered, ceiling, edge_auroc, floor, log_gain_correlation, off_diagonal, scores
 from sessions_steinmetz import session
 
 import pyrodyn as dyn
@@ -49,33 +50,38 @@ def recovered(system: System, warmup: int, draws: int, chains: int = 2) -> tuple
     return Recovered(found["presence"].values, found["coupling_strength"].values, shared), odds, seconds
 
 
-def recovery(seeds: int) -> list[str]:
+def recovery(seeds: int, settings: list[str]) -> list[str]:
     lines = [
-        "| setting | seed | AUROC of log odds | of P | floor | log-gain corr. | global R2 | its ceiling "
-        "| absent at P > .9 | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| setting | seed | AUROC of log odds | of P | floor | log-gain corr. | the oracle's | with the oracle "
+        "| global R2 | its ceiling | absent at P > .9 | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for setting, options in SETTINGS.items():
+    for setting in settings:
         table = []
         for seed in range(seeds):
-            system = coupled_regions(seed=seed, **options)
+            system = coupled_regions(seed=seed, **SETTINGS[setting])
             found, odds, seconds = recovered(system, *SWEEPS[setting])
             ours, least, most = (scores(each, system.truth) for each in (found, floor(system), ceiling(system)))
-            absent = ~system.truth["adjacency"].values & ~np.eye(len(found.evidence), dtype=bool)
+            there = system.truth["adjacency"].values
+            absent = ~there & ~np.eye(len(there), dtype=bool)
             false = int((found.evidence[absent] > 0.9).sum())
-            told = edge_auroc(odds, system.truth["adjacency"].values)
-            table.append((told, ours[0], least[0], ours[1], ours[2] / most[2]))
+            told = edge_auroc(odds, there)
+            known = graph_of(oracle(system))["strength"].squeeze(("chain", "draw")).values
+            known_gain = log_gain_correlation(known, system.truth["strength"].values, there)
+            alike = log_gain_correlation(found.strength, known, there)
+            cells = (told, ours[0], least[0], ours[1], known_gain, alike, ours[2], most[2])
+            table.append((*cells[:-2], ours[2] / most[2]))
             lines.append(
-                f"| {setting} | {seed} | {told:.2f} | {ours[0]:.2f} | {least[0]:.2f} | {ours[1]:.2f} | {ours[2]:.2f} "
-                f"| {most[2]:.2f} | {false} of {int(absent.sum())} | {seconds:.0f} |"
+                f"| {setting} | {seed} | {' | '.join(f'{cell:.2f}' for cell in cells)} "
+                f"| {false} of {int(absent.sum())} | {seconds:.0f} |"
             )
             print(lines[-1], flush=True)
         values = np.array(table)
+        means, worst, middle = values.mean(0), values.min(0), np.nanmedian(values, 0)
         lines.append(
-            f"| **{setting}** | mean, worst | {values[:, 0].mean():.2f}, {values[:, 0].min():.2f} "
-            f"| {values[:, 1].mean():.2f}, {values[:, 1].min():.2f} | {values[:, 2].mean():.2f}, "
-            f"{values[:, 2].min():.2f} | median {np.nanmedian(values[:, 3]):.2f} "
-            f"| share of ceiling {np.median(values[:, 4]):.2f}, {values[:, 4].min():.2f} | | | |"
+            f"| **{setting}** | mean, worst | {means[0]:.2f}, {worst[0]:.2f} | {means[1]:.2f}, {worst[1]:.2f} "
+            f"| {means[2]:.2f}, {worst[2]:.2f} | median {middle[3]:.2f} | {middle[4]:.2f} | {middle[5]:.2f} "
+            f"| share of ceiling {middle[6]:.2f}, {worst[6]:.2f} | | | |"
         )
         print(lines[-1], flush=True)
     return lines
@@ -97,9 +103,9 @@ def ablation(seeds: int) -> list[str]:
     return lines
 
 
-def controls(blocks: int) -> list[str]:
+def controls(blocks: int, drives: list[str]) -> list[str]:
     lines = ["| drive | absent blocks | at P > .9 | mean P |", "|---|---|---|---|"]
-    for drive in DRIVES:
+    for drive in drives:
         probability: list[float] = []
         seed = 0
         while len(probability) < blocks:
@@ -214,14 +220,16 @@ def counted(probability: list[float]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--settings", nargs="*", default=list(SETTINGS), help="of recovery")
     parser.add_argument("--blocks", type=int, default=200, help="absent blocks of each control")
+    parser.add_argument("--drives", nargs="*", default=list(DRIVES), help="of controls")
     parser.add_argument("--parts", nargs="*", default=["recovery", "controls", "loops"])
     parser.add_argument("--out", type=Path, default=Path("docs/tables/region_graphs.md"))
     options = parser.parse_args()
     made = {
-        "recovery": ("Recovery", lambda: recovery(options.seeds)),
+        "recovery": ("Recovery", lambda: recovery(options.seeds, options.settings)),
         "ablation": ("Without the global latent", lambda: ablation(options.seeds)),
-        "controls": ("Controls without coupling", lambda: controls(options.blocks)),
+        "controls": ("Controls without coupling", lambda: controls(options.blocks, options.drives)),
         "loops": ("Loops", lambda: loops(options.seeds)),
         "shuffled": ("Real sessions with shuffled trials", lambda: shuffled(options.blocks)),
     }

@@ -19,7 +19,7 @@ import pyrodyn as dyn
 from pyrodyn import drifts, models, readouts
 from pyrodyn.expectations import gauss_hermite
 from pyrodyn.inference._diffusion_fit import DiffusionFit, Schedule
-from pyrodyn.inference.engine import double_precision, random_stream, starting_values
+from pyrodyn.inference.engine import numerics, random_stream, starting_values
 from pyrodyn.smoothing import bound, settled
 from pyrodyn.systems import System, duffing
 
@@ -49,7 +49,7 @@ def learned(system: System, seed: int) -> list[tuple[str, float, list[float]]]:
     model = models.NeuralSDE(2, readouts.Gaussian(), drifts.GaussianProcess())
     back = torch.linalg.pinv(torch.from_numpy(system.truth["loading"].values))
     rows = []
-    with random_stream(seed), double_precision():
+    with random_stream(seed), numerics():
         start = starting_values(model.linear_relative(), system.recording, 200, "start")
         fit = DiffusionFit(Schedule(40, 3, 0.7, 3, 0.01, 0.05), model, system.recording, start)
         fit.train(None)

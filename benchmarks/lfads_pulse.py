@@ -27,7 +27,7 @@ from pyrodyn import guides, models, systems
 from pyrodyn.evaluation import input_leakage, rate_r2
 from pyrodyn.guides import Start, draw_globals, draw_trials
 from pyrodyn.inference import Cosine, EarlyStopping, Training
-from pyrodyn.inference.engine import double_precision, random_stream
+from pyrodyn.inference.engine import numerics, random_stream
 from pyrodyn.inference.loop import Run
 from pyrodyn.program import globals_given
 from pyrodyn.recording import Recording
@@ -81,7 +81,7 @@ def measure(steps: int, dropout: float, degrees: float, seed: int) -> list[str]:
     model = models.LFADS(20, generator_dim=64, initial_dim=64, input_dim=1, input_degrees=known, controller_dim=32)
     train, test = (system.recording.sel(split=name) for name in ("train", "valid"))
     truth = system.truth.sel(trial=test.trial)
-    with random_stream(0), double_precision(), pyro.settings.context(module_local_params=True):
+    with random_stream(0), numerics(), pyro.settings.context(module_local_params=True):
         began = time.process_time()
         guide = fit(model, train, steps, dropout)
         seconds = time.process_time() - began

@@ -24,71 +24,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import xarray as xr
-from _regions import Moments, path_under_truth
+from _oracle import graph_of, oracle
+from _regions import path_under_truth
 
 import pyrodyn as dyn
 from pyrodyn import inference, models
 from pyrodyn.coupling.intervention import Surgery, replay
-from pyrodyn.distributions import GaussMarkov, Transition
+from pyrodyn.distributions import Transition
 from pyrodyn.linalg.recursion import spread
 from pyrodyn.linalg.stationary import stationary_covariance
 from pyrodyn.systems import System, coupled_regions, feedback_loop
 
 DRAWS = 60  # of paths under the true parameters
-ROUNDS = 30  # of expectation maximisation on the way to the oracle's dynamics
-
-
-def graph_of(truth: xr.Dataset) -> xr.Dataset:
-    """The coupling graph of known parameters."""
-    draw = truth[["dynamics", "process_noise", "loading"]].expand_dims(("chain", "draw"))
-    tree = xr.DataTree.from_dict({"posterior": draw})
-    tree.attrs["bin_width"] = truth.attrs["bin_width"]
-    return dyn.coupling_graph(tree)
-
-
-def oracle(system: System) -> xr.Dataset:
-    """Graph and process noise of the truth; dynamics and readout learned from the spikes, from their true values on.
-
-    Expectation maximisation, the path under its Laplace approximation: what is left of an error is what so many spikes
-    do not tell.
-    """
-    truth = system.truth
-    region = truth["latent_region"].values
-    there = np.equal.outer(region, region) | (truth["dynamics"].values != 0.0)
-    learned = truth
-    for _ in range(ROUNDS):
-        law = path_under_truth(System(system.recording, learned))
-        moments, dynamics = Moments.of_posterior(law), np.zeros_like(truth["dynamics"].values)
-        for row, free in enumerate(there):
-            dynamics[row, free] = np.linalg.solve(moments.behind[np.ix_(free, free)], moments.cross[row, free])
-        loading, offset = readout_step(system.recording, learned, law)
-        learned = learned.assign(
-            dynamics=truth["dynamics"].copy(data=dynamics),
-            loading=truth["loading"].copy(data=loading),
-            offset=truth["offset"].copy(data=offset),
-        )
-    return learned
-
-
-def readout_step(recording: dyn.Recording, truth: xr.Dataset, law: GaussMarkov) -> tuple[np.ndarray, np.ndarray]:
-    """One step of Newton on every unit's expected log likelihood: loading (unit, latent) and offset (unit,)."""
-    loading, offset = truth["loading"].values.copy(), truth["offset"].values.copy()
-    counts = recording.values.numpy()
-    for name in recording.regions:
-        own, units = truth["latent_region"].values == name, np.flatnonzero(recording.region == name)
-        mean = law.mean.numpy()[..., own].reshape(-1, own.sum())
-        spread = law.covariance.numpy()[..., own, :][..., own].reshape(len(mean), own.sum(), own.sum())
-        for unit in units:
-            weight = loading[unit, own]
-            turned = spread @ weight
-            rate = np.exp(mean @ weight + 0.5 * turned @ weight + offset[unit])
-            wide, seen = np.column_stack([mean + turned, np.ones(len(mean))]), counts[..., unit].ravel()
-            slope = np.append(mean.T @ seen, seen.sum()) - wide.T @ rate
-            curvature = (wide * rate[:, None]).T @ wide
-            curvature[:-1, :-1] += np.einsum("t,tij->ij", rate, spread)
-            step = np.linalg.solve(curvature, slope)
-            loading[unit, own], offset[unit] = weight + step[:-1], offset[unit] + step[-1]
-    return loading, offset
 
 
 class Truth:

@@ -33,7 +33,7 @@ from pyrodyn import inference
 from pyrodyn.diagnostics import nested_rhat
 from pyrodyn.distributions import GaussianProcess
 from pyrodyn.inference import LogDensity
-from pyrodyn.inference.engine import double_precision, random_stream
+from pyrodyn.inference.engine import numerics, random_stream
 from pyrodyn.integrators import FixedStep
 from pyrodyn.linalg import mode_log_normaliser
 from pyrodyn.program import trial_plate
@@ -291,7 +291,7 @@ class Compared(NamedTuple):
 
 def compared(case: Case, engine: inference.HMC, folder: Path, seed: int) -> Compared:
     recording = case.recording(read(case.data, folder))
-    with random_stream(seed), double_precision():
+    with random_stream(seed), numerics():
         density = LogDensity(case.program, recording)
         start = density.unconstrain({name: numbers(value) for name, value in case.start.items()})
         vectors = engine.replicate(density, start.unsqueeze(0)).squeeze(0)

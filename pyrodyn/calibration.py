@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pyrodyn.errors import ModelError
 from pyrodyn.inference import HMC, Gibbs, LogDensity, collapse, collapses
-from pyrodyn.inference.engine import Engine, ReplicatingEngine, double_precision, random_stream
+from pyrodyn.inference.engine import Engine, ReplicatingEngine, numerics, random_stream
 from pyrodyn.program import LatentModel, Program, globals_given, is_random, log_terms, specification
 from pyrodyn.progress import progress
 from pyrodyn.recording import Recording
@@ -100,7 +100,7 @@ def calibrate(
     fitted = program
     if program is None:
         program = collapse(model) if collapsing else model
-    with double_precision(), torch.no_grad():
+    with numerics(), torch.no_grad():
         sites, observations = simulated(model, like, replicates, seed)
         # An engine that was told to sample the path does so for one recording at a time.
         if isinstance(engine, ReplicatingEngine) and getattr(engine, "collapse", None) is not False:
@@ -130,7 +130,7 @@ def simulated(model: LatentModel, like: Recording, replicates: int, seed: int) -
     The path is among the sites where it cannot be integrated out.
     """
     blank = like.blank()
-    with double_precision(), torch.no_grad(), random_stream(seed), pyro.plate("replicate", replicates, dim=-2):
+    with numerics(), torch.no_grad(), random_stream(seed), pyro.plate("replicate", replicates, dim=-2):
         trace = poutine.trace(model).get_trace(blank)
     sites: dict[str, Any] = {name: site["value"] for name, site in trace.nodes.items() if is_random(site)}
     observations = sites.pop("observations")

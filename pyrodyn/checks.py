@@ -19,7 +19,7 @@ from pyro import poutine
 
 from pyrodyn import statistics
 from pyrodyn.errors import ModelError, RecordingError
-from pyrodyn.inference.engine import double_precision, random_stream
+from pyrodyn.inference.engine import numerics, random_stream
 from pyrodyn.posterior import (
     BATCH_NUMBERS,
     draw_local,
@@ -101,7 +101,7 @@ def replicated_latents(
     parameters, chosen = _posterior_parameters(posterior, model, draws)
     parts: dict[str, list[np.ndarray]] = {}
     dims: dict[str, tuple[str, ...]] = {}
-    with random_stream(seed, REPLICATE_STREAM), double_precision(), torch.no_grad():
+    with random_stream(seed, REPLICATE_STREAM), numerics(), torch.no_grad():
         for some in _batches(chosen, recording):
             given = parameters(some)
             with trial_plate(recording):
@@ -200,7 +200,7 @@ def _posterior_parameters(posterior: xr.DataTree, model: Replicable, draws: int)
 
 
 def _prior_parameters(model: Replicable, like: Recording, draws: int, seed: int) -> Parameters:
-    with random_stream(seed), double_precision(), torch.no_grad(), pyro.plate("draw", draws, dim=-2):
+    with random_stream(seed), numerics(), torch.no_grad(), pyro.plate("draw", draws, dim=-2):
         trace = poutine.trace(model.sample_globals).get_trace(like)
     sites: dict[str, Any] = {name: site["value"] for name, site in trace.nodes.items() if is_random(site)}
 
@@ -221,7 +221,7 @@ def _replicates(
 ) -> Iterator[np.ndarray]:
     """Observations (some draws, trial, time, unit) in batches, NaN where the recording was not observed."""
     hidden = None if recording.mask is None else ~recording.mask.numpy()
-    with random_stream(seed, REPLICATE_STREAM), double_precision(), torch.no_grad():
+    with random_stream(seed, REPLICATE_STREAM), numerics(), torch.no_grad():
         for some in _batches(chosen, recording):
             values = _replicated(model, parameters(some), len(some), recording, new_paths).numpy()
             yield values if hidden is None else np.where(hidden, np.nan, values)

@@ -19,7 +19,7 @@ from pyrodyn.checkpoint import Checkpoint
 from pyrodyn.errors import ModelError, RecordingError
 from pyrodyn.inference import SVI, collapse, collapses
 from pyrodyn.inference.collapse import Collapsed
-from pyrodyn.inference.engine import Engine, double_precision, random_stream
+from pyrodyn.inference.engine import Engine, numerics, random_stream
 from pyrodyn.posterior import (
     coordinates,
     draw_local,
@@ -163,7 +163,7 @@ def simulate(
         The parameters, and what is latent, such as ``path`` (trial, time, latent).
     """
     held = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in (values or {}).items()}
-    with random_stream(seed), torch.no_grad(), double_precision():
+    with random_stream(seed), torch.no_grad(), numerics():
         drawn = poutine.trace(poutine.condition(model.sample_globals, data=held)).get_trace(like)
         sites: dict[str, Any] = {name: site["value"] for name, site in drawn.nodes.items() if is_random(site)}
         trace = poutine.trace(poutine.condition(model, data=sites)).get_trace(like.blank())
@@ -230,7 +230,7 @@ def predict(
     repeats = draws if sizes["chain"] * sizes["draw"] == 1 else 1
     parts: dict[str, list[np.ndarray]] = {}
     dims: dict[str, tuple[str, ...]] = dict.fromkeys(EXPECTED, ("trial", "time", "unit"))
-    with random_stream(seed), torch.no_grad(), double_precision():
+    with random_stream(seed), torch.no_grad(), numerics():
         for part in trial_batches(recording, draws):
             integrated = isinstance(model, StateSpaceModel) and collapses(model, part)
             of_part = _of_path(model, parameters, part) if integrated else _of_trials(model, parameters, part, repeats)

@@ -21,7 +21,7 @@ from pyrodyn.distributions import GaussMarkov
 from pyrodyn.errors import ModelError
 from pyrodyn.inference import LocalInference, LogDensity, collapse, collapses
 from pyrodyn.inference.collapse import Collapsed
-from pyrodyn.inference.engine import Draws, Engine, double_precision, random_stream
+from pyrodyn.inference.engine import Draws, Engine, numerics, random_stream
 from pyrodyn.program import (
     DrawsLocal,
     Labelled,
@@ -67,7 +67,7 @@ def to_datatree(
     flat = {name: value.flatten(0, 1).unsqueeze(1) for name, value in draws.samples.items()}  # (draw, 1, *event)
     stats = {name: value.numpy() for name, value in draws.stats.items()}
     groups: dict[str, xr.Dataset] = {}
-    with torch.no_grad(), double_precision():
+    with torch.no_grad(), numerics():
         parameters = globals_given(base, flat, recording)
         labelled, invariants = base.label(parameters), base.invariants(parameters)
         coords = coordinates(recording, labelled | invariants | draws.details, base)

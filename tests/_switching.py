@@ -15,7 +15,7 @@ from torch.distributions import MultivariateNormal
 
 from pyrodyn.conditioning import path_evidence
 from pyrodyn.distributions import SwitchingPath
-from pyrodyn.inference.engine import double_precision, random_stream
+from pyrodyn.inference.engine import numerics, random_stream
 from pyrodyn.program import globals_given
 from pyrodyn.readouts import AffineReadout
 
@@ -99,7 +99,7 @@ def over_paths(model: Any, parameters: Any, recording: Any, sequences: list) -> 
     """Log p(y | parameters) of every draw and trial, (draw, trial), as a sum over every path of the modes."""
     chosen = torch.nn.functional.one_hot(torch.tensor(sequences), model.num_modes).double()
     chosen = chosen[:, None, None]  # (path, 1, 1, time, mode)
-    with torch.no_grad(), double_precision():
+    with torch.no_grad(), numerics():
         prior = model.latent_path(parameters, recording).given_modes(chosen)
         seen = path_evidence(prior, model.readout_law(parameters, prior.mean, recording), recording.values)
     initial, transition = parameters.initial.log()[:, 0], parameters.transition.log()[:, 0]
@@ -112,7 +112,7 @@ def over_paths(model: Any, parameters: Any, recording: Any, sequences: list) -> 
 def sweeps_leave_the_prior_alone(model: Any, like: Any) -> None:
     """Geweke's test: a fault in any move, or in any prior that it uses, moves the parameters away from their prior."""
     groups, sweeps = 400, 25
-    with torch.no_grad(), double_precision():
+    with torch.no_grad(), numerics():
         values = prior_draws(model, like, groups, 1)
         parameters = globals_given(model, values, like)
         with random_stream(2):

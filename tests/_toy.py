@@ -18,7 +18,7 @@ import pyrodyn as dyn
 from pyrodyn import readouts
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.inference import LogDensity, collapse
-from pyrodyn.inference.engine import double_precision
+from pyrodyn.inference.engine import numerics
 from pyrodyn.program import Labelled, StateSpaceModel, globals_given, log_terms
 from pyrodyn.readouts import AffineReadout, Readout
 from pyrodyn.recording import Recording
@@ -101,7 +101,7 @@ class Quadrature:
         level, log_gain = torch.linspace(-3.0, 3.0, size), torch.linspace(-2.5, 2.0, size)
         self.grid = torch.cartesian_prod(level, log_gain).double()
         self.log_cell = math.log(float((level[1] - level[0]) * (log_gain[1] - log_gain[0])))
-        with torch.no_grad(), double_precision():
+        with torch.no_grad(), numerics():
             values = self.density.constrain(self.grid)
             self.shared, self.of_trials = log_terms(self.density.program, values, recording)
             self.log_prior = self.shared + self.density.log_jacobian(self.grid)

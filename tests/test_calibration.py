@@ -14,7 +14,7 @@ from pyrodyn import inference, models, plots, readouts
 from pyrodyn.calibration import summarise
 from pyrodyn.errors import ModelError
 from pyrodyn.inference import LogDensity, collapse
-from pyrodyn.inference.engine import double_precision
+from pyrodyn.inference.engine import numerics
 from pyrodyn.recording import Recording
 
 MODEL = models.LDS(1, readouts.Gaussian())
@@ -110,7 +110,7 @@ def test_laplace_takes_replicates_as_a_batch():
 def test_replicates_have_the_density_of_each_alone(row):
     blank = row.like()
     values = zoo.prior_draws(row.model, blank, (3,))
-    with torch.no_grad(), double_precision():
+    with torch.no_grad(), numerics():
         recordings = [dyn.simulate(row.model, blank, seed=seed)[0] for seed in (1, 2, 3)]
         stacked = torch.stack([recording.values for recording in recordings]).unsqueeze(1)
         density = LogDensity(collapse(row.model), blank, stacked)

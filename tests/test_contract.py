@@ -21,7 +21,7 @@ from torch import Tensor
 import pyrodyn as dyn
 from pyrodyn import guides, inference, models, readouts
 from pyrodyn.inference import LocalInference, LogDensity, collapse
-from pyrodyn.inference.engine import double_precision, random_stream
+from pyrodyn.inference.engine import numerics, random_stream
 from pyrodyn.inference.local import LocalDensity
 from pyrodyn.program import LatentModel, globals_given, is_random, log_joint, log_terms
 from pyrodyn.readouts import Readout
@@ -253,7 +253,7 @@ def test_initial_values_are_one_finite_value_for_every_global(row):
     if row.integrated:
         found = log_joint(collapse(model), several, recording)
     else:
-        with random_stream(0), double_precision():
+        with random_stream(0), numerics():
             posterior = LocalInference(steps=60).infer(model, globals_given(model, several, recording), recording)
             found = posterior.log_evidence(20)[1].sum(-1)
     assert bool(torch.isfinite(found[0]))
@@ -280,7 +280,7 @@ def batch_of_one(values: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_stock_pyro_runs_it(row):
     recording, blank = row.recording, row.recording.blank()
     pyro.set_rng_seed(0)
-    with double_precision():
+    with numerics():
         one = Predictive(row.model, num_samples=2)(blank)
         batched = Predictive(row.model, num_samples=2, parallel=True)(blank)
         assert one["observations"].shape == (2, blank.num_trials, blank.num_bins, blank.num_units)

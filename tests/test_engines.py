@@ -17,12 +17,13 @@ import scipy.optimize
 import torch
 import xarray as xr
 import zoo
+from threadpoolctl import ThreadpoolController
 
 import pyrodyn as dyn
 from pyrodyn import guides, inference, models, readouts
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.errors import CollapseError, ModelError, NonFiniteError
-from pyrodyn.inference import LogDensity, collapse, collapses, svi
+from pyrodyn.inference import LogDensity, collapse, collapses, engine, svi
 from pyrodyn.inference.mode import ascend, covariance_root, negative_hessian
 from pyrodyn.inference.whitening import whiten
 from pyrodyn.program import LatentModel, StateSpaceModel, globals_given, log_joint
@@ -412,9 +413,9 @@ REFUSALS = {
 def test_what_cannot_be_collapsed_is_refused_by_name(model, message):
     recording = simulated(2, 12, 2)
     assert not collapses(model, recording)
-    for engine in (inference.NUTS(collapse=True), inference.SVI(collapse=True), inference.Laplace()):
+    for one in (inference.NUTS(collapse=True), inference.SVI(collapse=True), inference.Laplace()):
         with pytest.raises(CollapseError, match=message):
-            engine.run(model, recording, seed=0)
+            one.run(model, recording, seed=0)
     with pytest.raises(ModelError, match="the guide Structured needs"):
         inference.SVI(guide=guides.Structured()).run(model, recording, seed=0)
     assert issubclass(CollapseError, TypeError)
@@ -467,14 +468,26 @@ def test_collapsing_twice_is_collapsing_once():
     assert isinstance(prior, GaussMarkov) and isinstance(readout, AffineReadout)
 
 
-def test_a_start_is_climbed_to_once_and_cannot_be_spoilt(monkeypatch):
-    from pyrodyn.inference import engine
+def test_numerics_hold_inside_and_leave_the_users_settings_as_they_were():
+    def blas() -> set[int]:
+        return {pool["num_threads"] for pool in ThreadpoolController().info() if pool["user_api"] == "blas"}
 
+    with ThreadpoolController().limit(limits=2, user_api="blas"):
+        before = blas()
+        with pytest.raises(KeyError), engine.numerics():
+            with engine.numerics():
+                pass
+            assert torch.get_default_dtype() == torch.float64 and blas() <= {1}
+            raise KeyError
+        assert torch.get_default_dtype() == torch.float32 and blas() == before
+
+
+def test_a_start_is_climbed_to_once_and_cannot_be_spoilt(monkeypatch):
     climbed, original = [], engine.ascend
     monkeypatch.setattr(engine, "ascend", lambda *args: climbed.append(1) or original(*args))
     row = zoo.row("LDS-Gaussian")
     model, recording = models.LDS(2, readouts.Gaussian()), row.like().with_observations(row.recording.observations)
-    with engine.double_precision():
+    with engine.numerics():
         first = engine.starting_values(model, recording, 20, "test")
         kept = {name: value.clone() for name, value in first.items()}
         for value in first.values():

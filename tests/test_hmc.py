@@ -12,7 +12,7 @@ import zoo
 from pyrodyn import inference, models, readouts
 from pyrodyn.errors import ModelError, NonFiniteError
 from pyrodyn.inference import hmc
-from pyrodyn.inference.engine import double_precision, random_stream
+from pyrodyn.inference.engine import numerics, random_stream
 from pyrodyn.inference.ensemble import Ensemble, _van_der_corput
 from pyrodyn.inference.mode import ascend, covariance_root, negative_hessian
 
@@ -38,7 +38,7 @@ def sampled(dense: bool, draws: int, dimension: int = 4, warmup: int = 200) -> t
         slope = -(place - mean[groups]) @ precision[groups]
         return 0.5 * ((place - mean[groups]) * slope).sum(-1), slope
 
-    with random_stream(3), double_precision():
+    with random_stream(3), numerics():
         start = torch.randn(3, 32, dimension)
         ones = torch.ones(3, dimension)
         ensemble = Ensemble(gradient, start, ones.diag_embed() if dense else ones, warmup=warmup, target_acceptance=0.8)
@@ -72,7 +72,7 @@ def test_posteriors_of_any_scale_are_sampled_side_by_side(dense):
 def test_transitions_after_the_warm_up_change_nothing_but_positions():
     _, ensemble = sampled(True, 1, warmup=60)
     before = {name: value for name, value in ensemble.state().items()}
-    with random_stream(0), double_precision():
+    with random_stream(0), numerics():
         for _ in range(5):
             ensemble.advance()
     moved = {name for name, value in ensemble.state().items() if not np.array_equal(value, before[name])}
@@ -90,7 +90,7 @@ def test_a_wall_is_counted_as_divergence_and_never_crossed():
         value = torch.where(inside, -0.5 * place.square().sum(-1), -torch.inf)
         return value, torch.where(inside.unsqueeze(-1), -place, 0.0)
 
-    with random_stream(0), double_precision():
+    with random_stream(0), numerics():
         ensemble = Ensemble(gradient, torch.ones(1, 32, 1), torch.ones(1, 1), warmup=100, target_acceptance=0.8)
         kept, diverged = [], 0
         for count in range(400):

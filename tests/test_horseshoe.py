@@ -18,7 +18,7 @@ from pyrodyn.distributions import HorseshoeNetwork, network_layout
 from pyrodyn.distributions.horseshoe import log_half_cauchy, log_reach
 from pyrodyn.distributions.network import log_stability
 from pyrodyn.errors import CouplingError, ModelError
-from pyrodyn.inference.engine import double_precision, random_stream
+from pyrodyn.inference.engine import numerics, random_stream
 from pyrodyn.systems import coupled_regions
 
 LAYOUT = network_layout((2, 1), 1, True, ((0, 1), (1, 0)))
@@ -164,6 +164,6 @@ def test_an_unknown_prior_of_edges_is_refused():
 def test_without_edges_the_horseshoe_has_nothing_to_shrink():
     model = models.MultiRegionLDS(1, edges=(), edge_prior="horseshoe", **PLAIN)
     like = recording()
-    with random_stream(0), double_precision(), torch.no_grad():
+    with random_stream(0), numerics(), torch.no_grad():
         parameters = model.sample_globals(like)
     assert bool((parameters.dynamics == torch.diag_embed(parameters.dynamics.diagonal(dim1=-2, dim2=-1))).all())

@@ -13,7 +13,7 @@ import pyrodyn as dyn
 from pyrodyn import guides, inference, models, networks, readouts
 from pyrodyn.errors import ModelError
 from pyrodyn.guides import LastLayer, Start, draw_globals, draw_trials
-from pyrodyn.inference.engine import double_precision, random_stream
+from pyrodyn.inference.engine import numerics, random_stream
 from pyrodyn.program import global_laws, globals_given
 
 LATENTS, UNITS = 3, 5
@@ -30,7 +30,7 @@ def recording(counts: bool) -> dyn.Recording:
 
 def settled(model, data: dyn.Recording):
     """The guide after it was settled on some draws of the paths, and these."""
-    with random_stream(0), double_precision(), pyro.settings.context(module_local_params=True):
+    with random_stream(0), numerics(), pyro.settings.context(module_local_params=True):
         start = Start(model.initial_values(data), None)
         guide = guides.Amortised(weights=LastLayer(), hidden_dim=4)(model, data, start)
         guide(data)

@@ -16,7 +16,7 @@ from pyrodyn.conditioning import path_evidence, path_given
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.errors import ModelError, ReadoutError
 from pyrodyn.inference import LogDensity, collapse
-from pyrodyn.inference.engine import double_precision
+from pyrodyn.inference.engine import numerics
 from pyrodyn.inference.mode import ascend
 from pyrodyn.models.lds import stationary_dynamics
 from pyrodyn.program import globals_given
@@ -225,7 +225,7 @@ def explained(truth: np.ndarray, found: np.ndarray) -> float:
 def test_eigenvalues_and_latents_of_a_known_system_are_recovered():
     truth = Truth(trials=60, bins=100)
     model = models.LDS(4, readouts.Gaussian())
-    with double_precision():
+    with numerics():
         density = LogDensity(collapse(model), truth.recording)
         start = density.unconstrain(model.initial_values(truth.recording))
         mode, _ = ascend(density, start, 80, "test")

@@ -17,7 +17,7 @@ from pyrodyn import guides, inference, models
 from pyrodyn.errors import ModelError
 from pyrodyn.guides import Start
 from pyrodyn.inference import Training
-from pyrodyn.inference.engine import double_precision, random_stream
+from pyrodyn.inference.engine import numerics, random_stream
 from pyrodyn.networks import recall
 from pyrodyn.program import globals_given, log_joint
 from pyrodyn.recording import Recording
@@ -104,7 +104,7 @@ def simulated(trials: int = 4) -> Recording:
 
 def traced(particles: int):
     recording = simulated()
-    with random_stream(0), double_precision(), zoo.pyro.settings.context(module_local_params=True):
+    with random_stream(0), numerics(), zoo.pyro.settings.context(module_local_params=True):
         guide = guides.Amortised(guides.MeanField(), hidden_dim=4)(
             MODEL, recording, Start(MODEL.initial_values(recording), None)
         )

@@ -18,7 +18,7 @@ from pyrodyn import models, networks, readouts
 from pyrodyn.distributions import NonlinearMarkov
 from pyrodyn.errors import ModelError
 from pyrodyn.inference import LocalInference, collapse
-from pyrodyn.inference.engine import double_precision, random_stream
+from pyrodyn.inference.engine import numerics, random_stream
 from pyrodyn.program import LatentModel, TrialModel, globals_given
 from pyrodyn.readouts import AffineReadout
 from pyrodyn.recording import Recording
@@ -35,7 +35,7 @@ def parameters(model: LatentModel, recording: Recording, draws: int = 2):
 
 
 def inferred(engine: LocalInference, model: LatentModel, given, recording: Recording):
-    with random_stream(0), double_precision():
+    with random_stream(0), numerics():
         return engine.infer(model, given, recording)
 
 
@@ -115,7 +115,7 @@ class Levels(TrialModel):
 def test_the_bounds_of_one_number_a_trial_equal_quadrature(few, treatment):
     model = Levels()
     like = zoo.blank(trials=3, bins=5, units=4, missing=0.2)
-    with random_stream(4), double_precision():
+    with random_stream(4), numerics():
         values = zoo.prior_draws(model, like, (2,))
         recording = like.with_observations(torch.poisson(torch.full((3, 5, 4), 4.0)))
         given = globals_given(model, values, recording)

@@ -20,7 +20,7 @@ from pyrodyn.inference import _starts, gibbs
 from pyrodyn.inference._starts import starts
 from pyrodyn.inference.collapse import collapse
 from pyrodyn.inference.density import LogDensity
-from pyrodyn.inference.engine import double_precision, random_stream
+from pyrodyn.inference.engine import numerics, random_stream
 from pyrodyn.inference.gibbs import FEWEST, Run
 from pyrodyn.inference.mode import Rescaled, ascend
 from pyrodyn.models._regions import COURSE_SD
@@ -116,7 +116,7 @@ def test_a_graph_of_edges_is_a_prior():
     assert model.edges is not None and model.edges[0] == ("A", "B", 0.2, 1.0)
     assert model == models.MultiRegionLDS({"A": 1, "B": 1}, edges=[("A", "B", 0.2)])
     seen = recording()
-    with random_stream(0), double_precision(), torch.no_grad():
+    with random_stream(0), numerics(), torch.no_grad():
         parameters = model.sample_globals(seen)
     blocks = model.layout(seen)
     assert not bool(parameters.dynamics[blocks.places[0], blocks.places[1]].any())  # B does not drive A
@@ -200,7 +200,7 @@ def test_ranks_of_truths_are_uniform(readout):
 def test_the_evidence_of_the_dynamics_and_its_slope_are_those_of_autograd(readout):
     data = coupled_regions(regions=2, units=4, trials=3, bins=15, seed=1).recording
     model = models.MultiRegionLDS(2, readout=readout, time_bumps=3)
-    with random_stream(0), double_precision():
+    with random_stream(0), numerics():
         sweep = model.conditionals(data)
         state = sweep.start(model.initial_values(data), 2)
         parameters = sweep.parameters(state)
@@ -240,7 +240,7 @@ def test_one_start_is_without_edges_that_may_be_absent(monkeypatch):
     seen = recording()
     model = models.MultiRegionLDS(1, edges=[("A", "B", 1.0), ("B", "A", 0.5)], time_bumps=0)
     layout = model.layout(seen)
-    with random_stream(0), double_precision():
+    with random_stream(0), numerics():
         start, *full = starts(model, seen, True)
     presence = layout.presence(layout.matrix(start["network"]))
     assert presence.tolist() == [[True, False], [True, True]]
@@ -262,7 +262,7 @@ def test_a_start_with_all_edges_has_to_be_better_by_a_margin(gain, taken, monkey
     monkeypatch.setattr(Run, "scout", lambda run, density, total: next(masses))
     monkeypatch.setattr(gibbs, "starts", lambda model, recording, several: both if several else both[:1])
     engine = inference.Gibbs(draws=1, warmup=FEWEST, chains=2)
-    with random_stream(0), double_precision(), torch.no_grad():
+    with random_stream(0), numerics(), torch.no_grad():
         _, values = engine._scouted(model, seen, model.conditionals(seen))
     layout = model.layout(seen)
     assert bool(layout.presence(layout.matrix(values["network"])).all()) == bool(taken)
@@ -275,7 +275,7 @@ def test_starts_that_are_as_good_share_the_chains_and_go_on_after_a_kill(monkeyp
     found = [guess, guess | {"offset": guess["offset"] + 1.0}]
     monkeypatch.setattr(Run, "scout", lambda run, density, total: 0.0)
     monkeypatch.setattr(gibbs, "starts", lambda model, recording, several: found)
-    with random_stream(0), double_precision(), torch.no_grad():
+    with random_stream(0), numerics(), torch.no_grad():
         run, _ = engine._scouted(model, like, model.conditionals(like))
         apart = run.state["offset"] - guess["offset"]
         torch.testing.assert_close(apart, torch.tensor([0.0, 0.0, 1.0, 1.0]).unsqueeze(-1).expand_as(apart))
@@ -296,7 +296,7 @@ def test_starts_that_are_as_good_share_the_chains_and_go_on_after_a_kill(monkeyp
 def test_chains_of_two_starts_get_one_sign_of_what_is_common():
     like = coupled_regions(regions=2, units=5, trials=3, bins=15, mean_count=0.5, seed=0).recording
     model = models.MultiRegionLDS(1)
-    with random_stream(0), double_precision(), torch.no_grad():
+    with random_stream(0), numerics(), torch.no_grad():
         sweep = model.conditionals(like)
         state = sweep.start(model.initial_values(like), 4)
         layout = sweep.layout
@@ -318,7 +318,7 @@ def test_chains_of_two_starts_get_one_sign_of_what_is_common():
 
 def test_the_entropy_of_a_state_is_that_of_the_dynamics_that_are_there():
     seen, model = recording(), models.MultiRegionLDS(2, time_bumps=0)
-    with random_stream(0), double_precision(), torch.no_grad():
+    with random_stream(0), numerics(), torch.no_grad():
         sweep = model.conditionals(seen)
         state = sweep.sweep(sweep.start(model.initial_values(seen), 6), 0.0)
         found = sweep.entropy(state)
@@ -335,7 +335,7 @@ def test_courses_and_their_weights_are_drawn_from_their_conditionals():
     """Drawn anew given time-locked inputs that come from the prior, their joint law stays the prior."""
     seen, model = recording(), models.MultiRegionLDS(1, time_bumps=3, shared_courses=2)
     chains = 40_000
-    with random_stream(3), double_precision(), torch.no_grad():
+    with random_stream(3), numerics(), torch.no_grad():
         sweep = model.conditionals(seen)
         variance = 0.05 + torch.rand(chains, 2)
         state = {
@@ -360,7 +360,7 @@ def test_a_climb_in_coordinates_of_unit_curvature_gets_further():
     data = coupled_regions(regions=2, units=8, trials=5, bins=100, mean_count=0.5, seed=3).recording
     model = models.MultiRegionLDS(2, time_bumps=0)
     values = model.initial_values(data)
-    with random_stream(0), double_precision():
+    with random_stream(0), numerics():
         program, _ = levelled(model, globals_given(model, values, data), data, None, 2)
         density = LogDensity(program, data)
         start = density.unconstrain(values)
@@ -373,7 +373,7 @@ def test_gibbs_draws_stand_for_the_program():
     """Sites handed out rebuild the state they came from, in the model's gauge."""
     system = coupled_regions(regions=2, units=5, trials=3, bins=40, mean_count=0.5, seed=1)
     model = models.MultiRegionLDS(2, time_bumps=3)
-    with random_stream(0), double_precision(), torch.no_grad():
+    with random_stream(0), numerics(), torch.no_grad():
         sweep = model.conditionals(system.recording)
         state = sweep.start(model.initial_values(system.recording), 3)
         for i in range(4):
@@ -397,7 +397,7 @@ def test_a_persistence_like_that_of_the_global_latent_is_not_taken_for_it():
     for persistence in (0.7, 0.95):
         sweep = models.MultiRegionLDS(1, persistence=persistence).conditionals(seen)
         still = torch.zeros(4000, 3, 20, dtype=torch.float64)  # says nothing of the persistence
-        with random_stream(1), double_precision():
+        with random_stream(1), numerics():
             drawn = _persistence(sweep, still)
         assert abs(float(drawn.mean()) - 0.95) < 0.005 and abs(float(drawn.std()) - 0.05) < 0.005
 
@@ -478,7 +478,7 @@ def test_a_unit_of_rare_bursts_does_not_take_a_latent_at_the_start():
         counts[..., unit] = np.where(rng.random(counts.shape[:2]) < share, rng.poisson(4.0, counts.shape[:2]), 0)
     recording = dyn.Recording.from_arrays(counts, bin_width=0.02, region=like.region, counts=True)
     model = models.MultiRegionLDS(2, time_bumps=3)
-    with double_precision():
+    with numerics():
         (values,) = starts(model, recording, several=False)
         assert float(globals_given(model, values, recording).loading.abs().max()) < 1.0
 
@@ -488,7 +488,7 @@ def test_what_was_first_asked_without_gradients_serves_them_later():
     model = models.MultiRegionLDS(1)
     with torch.inference_mode():
         model.regions(recording)
-    with double_precision():
+    with numerics():
         density = LogDensity(collapse(model), recording)
         _, slope = density.gradient(density.unconstrain(model.initial_values(recording)))
     assert bool(torch.isfinite(slope).all())

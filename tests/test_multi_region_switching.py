@@ -15,7 +15,7 @@ import pyrodyn as dyn
 from pyrodyn import plots
 from pyrodyn.errors import CouplingError, ModelError
 from pyrodyn.inference import collapse
-from pyrodyn.inference.engine import double_precision, random_stream
+from pyrodyn.inference.engine import numerics, random_stream
 from pyrodyn.inference.switching_particles import switching_evidence
 from pyrodyn.models import MultiRegionLDS, MultiRegionSwitchingLDS
 from pyrodyn.models._switching_orbit import reshape_latents, shift_latents
@@ -61,7 +61,7 @@ def test_maps_of_the_latents_leave_the_joint_prior_alone(name):
     model, groups = JOINT[name], 1500
     inputs = 2.0 * np.random.default_rng(2).normal(size=(2, 9, 1))
     like = mixed(inputs=inputs)
-    with torch.no_grad(), double_precision():
+    with torch.no_grad(), numerics():
         values = prior_draws(model, like, groups, 1)
         parameters = globals_given(model, values, like)
         with random_stream(2):
@@ -120,7 +120,7 @@ def test_one_mode_is_a_coupled_linear_system(dims):
         dims, global_dim=0, shared_innovations=0, trial_level=False, time_bumps=0, readout=Gaussian()
     )
     like = zoo.blank(3, 12, 5, counts=False, inputs=2)
-    with torch.no_grad(), double_precision():
+    with torch.no_grad(), numerics():
         ours = globals_given(switching, prior_draws(switching, like, 4, 2), like)
         ours = ours._replace(bias=torch.zeros_like(ours.bias))
         root = ours.process_noise.squeeze(-3).diagonal(dim1=-2, dim2=-1).sqrt()
@@ -154,7 +154,7 @@ def small():
     """A trial of seven bins, two regions, two modes with opposite edges: model, recording, values, parameters."""
     model = MultiRegionSwitchingLDS(2, 1, stickiness=3.0, readout=Gaussian())
     like = zoo.blank(1, 7, 4, counts=False)
-    with torch.no_grad(), double_precision():
+    with torch.no_grad(), numerics():
         values = prior_draws(model, like, 1, 5)
         values["process_scale"] = torch.full_like(values["process_scale"], 0.4)
         values["bias"] = torch.tensor([[-0.2, 0.1], [0.2, 0.1]]).double().expand_as(values["bias"])
@@ -175,7 +175,7 @@ def test_modes_and_evidence_are_those_of_all_mode_paths():
     expected = torch.from_numpy(np.exp(np.stack(held) - whole)).squeeze()
     assert float(expected.min()) > 0.02 and float((expected - 0.5).abs().max()) > 0.3  # not a trivial case
     many = 3000
-    with torch.no_grad(), double_precision(), random_stream(13):
+    with torch.no_grad(), numerics(), random_stream(13):
         sweep = model.conditionals(recording)
         state = sweep.start({n: v[0, 0] for n, v in values.items()}, many)
         for _ in range(40):

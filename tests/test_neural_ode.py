@@ -11,7 +11,7 @@ import pyrodyn as dyn
 from pyrodyn import drifts, inference, integrators, models, readouts, systems
 from pyrodyn.errors import ModelError, SolverError
 from pyrodyn.evaluation import rate_r2
-from pyrodyn.inference.engine import double_precision, random_stream, starting_values
+from pyrodyn.inference.engine import numerics, random_stream, starting_values
 from pyrodyn.inference.flow_start import Pieces
 from pyrodyn.program import globals_given, log_terms
 from pyrodyn.recording import Recording
@@ -25,7 +25,7 @@ def spiral(trials: int = 6, bins: int = 24, **more) -> systems.System:
 
 def linear_parameters(model: models.NeuralODE, recording: Recording):
     """Globals whose drift is affine: its path has a closed form."""
-    with double_precision():
+    with numerics():
         values = model.initial_values(recording)
     return globals_given(model, {name: v[None, None] for name, v in values.items()}, recording)
 
@@ -90,7 +90,7 @@ def test_the_start_finds_a_relaxation_oscillator() -> None:
     """In sample, where a path can but follow from its first state; a tenth of what a linear flow leaves over."""
     system = systems.van_der_pol(trials=5, bins=50, units=5, sigma=1e-3, readout="gaussian", noise_variance=0.02)
     scores = {}
-    with random_stream(0), double_precision():
+    with random_stream(0), numerics():
         for flow in (drifts.Linear(), drifts.MLP(hidden=12)):
             model = models.NeuralODE(2, readouts.Gaussian(), flow)
             values = starting_values(model, system.recording, 60, "start")

@@ -19,7 +19,7 @@ from pyrodyn.expectations import gauss_hermite
 from pyrodyn.inference import collapse
 from pyrodyn.inference._diffusion_fit import DiffusionFit, Schedule
 from pyrodyn.inference._profile import Profile
-from pyrodyn.inference.engine import double_precision, starting_values
+from pyrodyn.inference.engine import numerics, starting_values
 from pyrodyn.inference.natural import NaturalGradient
 from pyrodyn.models._anchor import anchor
 from pyrodyn.program import globals_given
@@ -155,7 +155,7 @@ def test_the_first_step_is_the_smoother_in_continuous_time_up_to_the_step() -> N
     """A linear start, one unit step: against the relative with its path integrated out at exact transitions."""
     recording = systems.linear_spiral(trials=3, bins=60).recording
     differences = []
-    with double_precision():
+    with numerics():
         for per_bin in (5, 20, 80):
             model = models.NeuralSDE(2, readouts.Gaussian(), drift=drifts.Linear(), steps_per_bin=per_bin)
             fitted, relative = begun(model, recording), model.linear_relative()
@@ -177,7 +177,7 @@ def test_the_profile_has_the_slope_of_the_bound_with_the_path_at_rest() -> None:
     model = models.NeuralSDE(2, readouts.Poisson(), drift=drifts.MLP(hidden=4))
     recording = small(trials=2, bins=12, readout="poisson")
     rule = gauss_hermite(2, 3)
-    with double_precision():
+    with numerics():
         fitted = begun(model, recording)
         for _ in range(3):
             fitted.move_weights()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from pyrodyn.errors import ReadoutError
-from pyrodyn.inference.engine import double_precision
+from pyrodyn.inference.engine import numerics
 from pyrodyn.readouts import AffineReadout, Bernoulli, Gaussian, NegativeBinomial, Poisson, Readout
 from pyrodyn.recording import Recording
 
@@ -252,7 +252,7 @@ def test_sites_are_sampled_and_initial_values_match_the_data(law):
         law.sample_offset(recording)
         law.sample_noise(recording)
 
-    with double_precision():
+    with numerics():
         pyro.set_rng_seed(0)
         trace = poutine.trace(sites).get_trace()
     names = {"offset"} | ({law.noise_name} if law.noise_name else set())

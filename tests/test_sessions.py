@@ -16,7 +16,7 @@ from pyrodyn import inference, models, readouts
 from pyrodyn.distributions import PoolPrior, network_layout
 from pyrodyn.distributions.network import NetworkPrior
 from pyrodyn.errors import ModelError, RecordingError
-from pyrodyn.inference.engine import double_precision, random_stream
+from pyrodyn.inference.engine import numerics, random_stream
 from pyrodyn.models._pooled_sweep import draw_pool
 from pyrodyn.models.pooled_regions import PooledRegions
 from pyrodyn.program import log_joint
@@ -125,7 +125,7 @@ def test_the_density_of_the_pool_is_that_of_its_parts():
 def test_the_program_counts_the_dynamics_once():
     recordings = sessions()
     pooled = PooledRegions(MODEL)
-    with random_stream(2), double_precision(), torch.no_grad():
+    with random_stream(2), numerics(), torch.no_grad():
         trace = poutine.trace(pooled).get_trace(recordings)
         trace.compute_log_prob()
     found = sum(site["log_prob"].sum() for site in trace.nodes.values() if site["type"] == "sample")

@@ -13,7 +13,7 @@ import pyrodyn as dyn
 from pyrodyn import models, networks
 from pyrodyn.errors import ModelError
 from pyrodyn.inference import LogDensity
-from pyrodyn.inference.engine import double_precision, random_stream, treat_path, vector_of
+from pyrodyn.inference.engine import numerics, random_stream, treat_path, vector_of
 from pyrodyn.inference.sgld import SGLD, _Run
 
 SDS = torch.tensor([0.02, 0.1, 0.5, 1.0], dtype=torch.float64)
@@ -59,7 +59,7 @@ def network_run(batch: int | None) -> _Run:
     model = models.LatentRNN(2, networks.Leaky())
     like = dyn.Recording.from_arrays(np.ones((6, 7, 3)), bin_width=0.1, counts=True).blank()
     recording, _ = dyn.simulate(model, like, seed=0, values={"offset": torch.zeros(3)})
-    with random_stream(0), double_precision():
+    with random_stream(0), numerics():
         values = model.initial_values(recording)
         treated, _ = treat_path(model, recording, None, values)
         density = LogDensity(treated, recording)
@@ -71,7 +71,7 @@ def network_run(batch: int | None) -> _Run:
 def test_gradients_of_a_round_of_batches_average_to_the_gradient_of_all_trials() -> None:
     """Of the globals; what is latent in a trial has its own, whole, whenever the trial is seen."""
     run = network_run(2)
-    with double_precision():
+    with numerics():
         value, whole = run.density.gradient(run.position)
         found = []
         for run.step in range(3):
@@ -89,7 +89,7 @@ def test_gradients_of_a_round_of_batches_average_to_the_gradient_of_all_trials()
 
 def test_what_is_latent_in_trials_moves_with_its_batch_alone() -> None:
     run = network_run(2)
-    with random_stream(1), double_precision():
+    with random_stream(1), numerics():
         found, before = run._estimate(), run.position.clone()
         run._diffuse(found, 0)
     moved = (run.position != before).all(0)

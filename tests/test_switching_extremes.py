@@ -15,7 +15,7 @@ from pyro import poutine
 import pyrodyn as dyn
 from pyrodyn import inference, models, readouts
 from pyrodyn.diagnostics import diagnose
-from pyrodyn.inference.engine import double_precision, random_stream
+from pyrodyn.inference.engine import numerics, random_stream
 from pyrodyn.linalg.taming import lagged_radius
 from pyrodyn.models._switching_model import SwitchingParameters
 from pyrodyn.models._switching_steps import permuted
@@ -56,7 +56,7 @@ def r_hat(values: dict[str, torch.Tensor]) -> float:
 
 def test_chains_that_start_in_permuted_modes_agree_on_what_no_numbering_changes():
     model, recording, chains, draws = models.ARHMM(2), spirals(), 2, 400
-    with torch.no_grad(), double_precision(), random_stream(0):
+    with torch.no_grad(), numerics(), random_stream(0):
         start = model.initial_values(recording)
         groups = []
         for flip in (False, True):
@@ -85,10 +85,10 @@ def test_chains_that_start_in_permuted_modes_agree_on_what_no_numbering_changes(
 
 def test_a_mode_that_is_never_visited_keeps_its_prior():
     model, recording, many = models.ARHMM(3), spirals(40, visited=1), 600
-    with torch.no_grad(), double_precision(), random_stream(1), pyro.plate("draw", 2 * many, dim=-2):
+    with torch.no_grad(), numerics(), random_stream(1), pyro.plate("draw", 2 * many, dim=-2):
         trace = poutine.trace(model.sample_globals).get_trace(recording)
     values = {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes if name != "draw"}
-    with torch.no_grad(), double_precision(), random_stream(2):
+    with torch.no_grad(), numerics(), random_stream(2):
         sweep = model.conditionals(recording)
         state = sweep.start({name: value[:many].squeeze(1) for name, value in values.items()}, 1)
         state["modes"] = torch.zeros_like(state["modes"])
@@ -167,7 +167,7 @@ def test_many_counts_hold_the_path_of_every_draw_where_its_own_parameters_take_i
         both(noise, 0.25 * noise), None, None, None, None, both(loading, 2.0 * loading),
         both(offset, offset - 2.0 * loading @ shift), None,
     )  # fmt: skip
-    with torch.no_grad(), double_precision(), random_stream(0):
+    with torch.no_grad(), numerics(), random_stream(0):
         found = model.draw_local(parameters, recording)
     log_rates = found["latent"] @ parameters.loading.mT + parameters.offset.unsqueeze(-2)
     apart = (log_rates.exp().squeeze(1).numpy() - rates) / np.sqrt(rates)
@@ -177,7 +177,7 @@ def test_many_counts_hold_the_path_of_every_draw_where_its_own_parameters_take_i
 
 def test_renumbered_steps_make_the_same_path_likely():
     model, recording = models.ARHMM(3, recurrent=True), spirals()
-    with torch.no_grad(), double_precision():
+    with torch.no_grad(), numerics():
         values = {name: value.unsqueeze(0) for name, value in model.initial_values(recording).items()}
         steps = globals_given(model, values, recording)
         other = permuted(steps, torch.tensor([2, 0, 1]))

@@ -26,7 +26,7 @@ from pyrodyn.conditioning import gaussian_potential, path_evidence
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.errors import ModelError
 from pyrodyn.inference import LocalInference
-from pyrodyn.inference.engine import double_precision, random_stream
+from pyrodyn.inference.engine import numerics, random_stream
 from pyrodyn.inference.switching_particles import switching_evidence
 from pyrodyn.models.switching_lds import SwitchingLDS
 from pyrodyn.program import globals_given, log_joint
@@ -72,7 +72,7 @@ def small() -> tuple[SwitchingLDS, Any, Any, Tensor, list]:
     """One trial of eight bins with two modes: model, recording, parameters, and all 256 paths with log weights."""
     model = SwitchingLDS(2, 1, stickiness=3.0, readout=readouts.Gaussian())
     like = blank(1, 8, 2, counts=False)
-    with torch.no_grad(), double_precision():
+    with torch.no_grad(), numerics():
         values = prior_draws(model, like, 1, 15)
         values["process_scale"] = torch.full_like(values["process_scale"], 0.3)
         values["bias"] = torch.tensor([[-0.3], [0.3]]).double().expand_as(values["bias"])
@@ -98,7 +98,7 @@ def test_gibbs_over_path_and_modes_agrees_with_all_mode_paths():
     expected = torch.einsum("p,ptk->tk", torch.softmax(weights, 0), chosen)
     assert float(expected[..., 0].min()) > 0.05 and float((expected - 0.5).abs().max()) > 0.3  # not a trivial case
     many = 3000
-    with torch.no_grad(), double_precision(), random_stream(13):
+    with torch.no_grad(), numerics(), random_stream(13):
         sweep = model.conditionals(recording)
         state = sweep.start({n: v[0, 0] for n, v in values.items()}, many)
         for _ in range(40):
@@ -135,7 +135,7 @@ def test_the_structured_guide_brackets_the_evidence_and_has_its_mode_probabiliti
     evidence = float(torch.logsumexp(weights, 0))
     expected = torch.einsum("p,ptk->tk", torch.softmax(weights, 0), chosen)
     held = {name: value[0, 0] for name, value in values.items()}
-    with double_precision(), random_stream(0), pyro.settings.context(module_local_params=True):
+    with numerics(), random_stream(0), pyro.settings.context(module_local_params=True):
         start = guides.Start(held, None)
         guide: Any = guides.Structured(lambda *_: Held(held))(model, recording, start)
         program = poutine.condition(model, data=held)
@@ -164,7 +164,7 @@ def test_the_structured_guide_brackets_the_evidence_and_has_its_mode_probabiliti
 def test_one_mode_is_a_linear_system():
     model = SwitchingLDS(1, 2, readout=readouts.Gaussian())
     like = blank(3, 12, 4, counts=False, inputs=2)
-    with torch.no_grad(), double_precision():
+    with torch.no_grad(), numerics():
         values = prior_draws(model, like, 4, 2)
         parameters = globals_given(model, values, like)
         law = model.latent_path(parameters, like)
@@ -185,7 +185,7 @@ def test_one_mode_is_a_linear_system():
 def test_sites_and_steps_are_inverse(options):
     model = SwitchingLDS(3, 2, readout=readouts.Gaussian(), **options)
     like = blank(counts=False, inputs=1)
-    with torch.no_grad(), double_precision():
+    with torch.no_grad(), numerics():
         values = {n: v.squeeze(1) for n, v in prior_draws(model, like, 6, 3).items()}
         steps = globals_given(model, {n: v.unsqueeze(1) for n, v in values.items()}, like).steps
         found = model.step_prior(like).sites(
@@ -200,7 +200,7 @@ def test_sites_and_steps_are_inverse(options):
 def test_a_border_of_modes_is_a_constant_of_their_logits():
     model = SwitchingLDS(3, 2, recurrent=True, readout=readouts.Gaussian())
     like = blank(counts=False, inputs=0)
-    with torch.no_grad(), double_precision():
+    with torch.no_grad(), numerics():
         steps = globals_given(model, prior_draws(model, like, 4, 3), like).steps
         rows = torch.log_softmax(steps.transition.log() + steps.recurrence_bias.unsqueeze(-2), -1).exp()
         prior, zero = model.step_prior(like), torch.zeros_like(steps.recurrence_bias)
@@ -218,7 +218,7 @@ def test_chains_that_start_in_permuted_modes_are_numbered_alike():
     for name in ("free_dynamics", "bias", "precision_root", "initial"):
         swapped[name] = values[name].flip(-len(values[name].shape) + 2)
     swapped["transition"] = values["transition"].flip(-1, -2)
-    with torch.no_grad(), double_precision(), random_stream(1):
+    with torch.no_grad(), numerics(), random_stream(1):
         sweep = model.conditionals(recording)
         state = sweep.start({n: v[0, 0] for n, v in values.items()}, 2)
         other = sweep.start({n: v[0, 0] for n, v in swapped.items()}, 2)
@@ -282,7 +282,7 @@ def test_particles_of_counts_and_state_dependent_modes_agree_with_a_plain_filter
     model = SwitchingLDS(2, 1, recurrent=True, stickiness=3.0)
     # Few bins: paths from the prior have to come near those of the posterior.
     like = blank(2, 4, 2, counts=True, inputs=1, lengths=[4, 3])
-    with torch.no_grad(), double_precision(), random_stream(3):
+    with torch.no_grad(), numerics(), random_stream(3):
         values = prior_draws(model, like, 1, 4)
         parameters = globals_given(model, values, like)
         path, _ = model.latent_path(parameters, like).expand((1, 2)).sample_jointly()
@@ -361,7 +361,7 @@ def test_draws_of_path_and_modes_are_those_of_all_mode_paths():
     many = 3000
     share = torch.softmax(weights, 0)
     expected = torch.einsum("p,ptk->tk", share, chosen)
-    with torch.no_grad(), double_precision(), random_stream(3):
+    with torch.no_grad(), numerics(), random_stream(3):
         law = model.latent_path(parameters, recording).given_modes(chosen.unsqueeze(1))
         readout = model.readout_law(parameters, torch.zeros(1, 8, 1).double(), recording)
         near = law.condition(*gaussian_potential(readout, recording.values))
@@ -380,7 +380,7 @@ def test_draws_given_counts_agree_with_weighted_draws_of_the_prior_and_with_a_mo
     model = SwitchingLDS(2, 1, recurrent=True, stickiness=3.0)
     like = blank(2, 4, 2, counts=True, inputs=1, lengths=[4, 3])  # few bins, as above
     many = 2000
-    with torch.no_grad(), double_precision(), random_stream(3):
+    with torch.no_grad(), numerics(), random_stream(3):
         values = prior_draws(model, like, 1, 5)
         values["process_scale"] = torch.full_like(values["process_scale"], 2.0)  # modes that noise can take for others
         parameters = globals_given(model, values, like)

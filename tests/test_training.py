@@ -16,7 +16,7 @@ from pyrodyn import guides, inference, models, networks, readouts
 from pyrodyn.errors import ModelError
 from pyrodyn.guides import Start
 from pyrodyn.inference import Constant, Cosine, EarlyStopping, Training, collapse
-from pyrodyn.inference.engine import double_precision, random_stream, stream_seed
+from pyrodyn.inference.engine import numerics, random_stream, stream_seed
 from pyrodyn.inference.loop import Run
 from pyrodyn.inference.svi import network_training
 from pyrodyn.inference.training import Portion, Weighted, dropped, ramp
@@ -49,7 +49,7 @@ def run_of(
     program: Program, data: Recording, guide, training: Training, steps: int = 20, rate: float = 0.01, **options
 ):
     base = getattr(program, "model", program)
-    with random_stream(0), double_precision(), pyro.settings.context(module_local_params=True):
+    with random_stream(0), numerics(), pyro.settings.context(module_local_params=True):
         built = guide(program, data, Start(base.initial_values(data), None))
         built(data)
         run = Run(program, built, data, training, steps=steps, rate=0.01, particles=1, seed=3)
@@ -57,7 +57,7 @@ def run_of(
 
 
 def inside(action):
-    with random_stream(1), double_precision(), pyro.settings.context(module_local_params=True):
+    with random_stream(1), numerics(), pyro.settings.context(module_local_params=True):
         return action()
 
 
@@ -137,7 +137,7 @@ def test_guides_with_parameters_of_single_trials_are_refused(training):
 
 def test_terms_are_weighted_by_what_they_belong_to():
     data = recording()
-    with random_stream(0), double_precision(), torch.no_grad():
+    with random_stream(0), numerics(), torch.no_grad():
         trace = poutine.trace(MODEL).get_trace(data)
         values = {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes if name != "trial"}
         shared, of_trials = log_terms(MODEL, values, data)

@@ -17,7 +17,7 @@ from pyrodyn import guides, inference, models, readouts
 from pyrodyn.distributions import GaussianProcess, GaussMarkov
 from pyrodyn.errors import CollapseError, ModelError
 from pyrodyn.inference import LocalInference, Training, collapse
-from pyrodyn.inference.engine import double_precision, random_stream
+from pyrodyn.inference.engine import numerics, random_stream
 from pyrodyn.models.vae import VAEParameters
 from pyrodyn.program import globals_given
 from pyrodyn.recording import Recording
@@ -92,7 +92,7 @@ def test_more_draws_tighten_the_bound_up_to_the_evidence():
     recording = points(60)
     parameters = globals_given(LINEAR, zoo.prior_draws(LINEAR, recording, (2,)), recording)
     exact = collapse(LINEAR).marginal(parameters, recording).log_prob(recording.observations)
-    with random_stream(0), double_precision():
+    with random_stream(0), numerics():
         found = LocalInference(few=0, steps=150).infer(LINEAR, parameters, recording)
         mean, tight = found.log_evidence(100)
     assert bool((tight >= mean - 1e-9).all())
@@ -223,7 +223,7 @@ def test_a_posterior_of_the_network_is_read_trial_by_trial():
     model = models.VAE(2, hidden=(5,), time=models.MarkovPrior())
     like = zoo.blank(trials=6, bins=8)
     recording = dyn.simulate(model, like, seed=0, values={"offset": torch.full((4,), 0.5)})[0]
-    with random_stream(0), double_precision():
+    with random_stream(0), numerics():
         guide = guides.Amortised(hidden_dim=4)(model, recording, guides.Start(model.initial_values(recording), None))
         parameters = globals_given(model, model.initial_values(recording), recording)
         law = guide.recognition.law(parameters, recording)

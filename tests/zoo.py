@@ -22,7 +22,7 @@ from torch import Tensor
 import pyrodyn as dyn
 from pyrodyn import drifts, guides, inference, integrators, models, networks, readouts
 from pyrodyn.diffusion import DiffusionModel
-from pyrodyn.inference.engine import Engine, double_precision, random_stream
+from pyrodyn.inference.engine import Engine, numerics, random_stream
 from pyrodyn.inference.local import LocalDensity
 from pyrodyn.program import IntegratedModel, LatentModel, StateSpaceModel, globals_given
 from pyrodyn.recording import Recording
@@ -494,7 +494,7 @@ def fitted(name: str, engine: str, seed: int = 0) -> xr.DataTree:
 
 def prior_draws(model: LatentModel, recording: Recording, shape: tuple[int, ...], seed: int = 0) -> dict[str, Tensor]:
     """Draws of the global sites from their priors, (*shape, 1, *event)."""
-    with random_stream(seed), double_precision(), torch.no_grad(), pyro.plate("draw", int(np.prod(shape)), dim=-2):
+    with random_stream(seed), numerics(), torch.no_grad(), pyro.plate("draw", int(np.prod(shape)), dim=-2):
         trace = poutine.trace(model.sample_globals).get_trace(recording)
     return {
         name: trace.nodes[name]["value"].reshape(*shape, 1, *trace.nodes[name]["value"].shape[2:])

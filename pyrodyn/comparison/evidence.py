@@ -38,7 +38,7 @@ from pyrodyn.comparison.terms import (
 )
 from pyrodyn.errors import ComparisonError
 from pyrodyn.inference import LogDensity, collapse
-from pyrodyn.inference.engine import double_precision, random_stream
+from pyrodyn.inference.engine import numerics, random_stream
 from pyrodyn.posterior import BATCH_NUMBERS, thinned
 from pyrodyn.program import LatentModel
 from pyrodyn.recording import Recording
@@ -186,5 +186,5 @@ def _vectors(candidate: Candidate) -> tuple[torch.Tensor, LogDensity]:
 def _in_parts(density: LogDensity, vectors: torch.Tensor) -> torch.Tensor:
     recording = density.recording
     size = max(1, BATCH_NUMBERS // (recording.num_trials * recording.num_bins * recording.num_units))
-    with torch.no_grad(), double_precision():
+    with torch.no_grad(), numerics():
         return torch.cat([density(part) for part in vectors.split(size)])

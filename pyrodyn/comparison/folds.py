@@ -42,7 +42,7 @@ from pyrodyn.diagnostics import effective_share
 from pyrodyn.errors import ComparisonError
 from pyrodyn.fitting import fit
 from pyrodyn.inference import HMC, NUTS, SVI, Laplace, LogDensity, collapse
-from pyrodyn.inference.engine import Engine, RefittingEngine, double_precision, random_stream, starting_values
+from pyrodyn.inference.engine import Engine, RefittingEngine, numerics, random_stream, starting_values
 from pyrodyn.posterior import BATCH_NUMBERS, FitWarning, thinned
 from pyrodyn.program import globals_given, log_terms
 from pyrodyn.progress import progress
@@ -184,7 +184,7 @@ def _batched(candidate: Candidate, engine: RefittingEngine, held: list[np.ndarra
     block = max(1, BATCH_NUMBERS // (max(chains, 64) * recording.num_trials * recording.num_bins * recording.num_units))
     with progress(len(held), "folds") as bar:
         for part in weights.split(block):
-            with random_stream(seed, FOLD_STREAM), double_precision():
+            with random_stream(seed, FOLD_STREAM), numerics():
                 density = LogDensity(program, recording, weights=part)
                 start = density.unconstrain(starting_values(program, recording, CLIMB, "K-fold: start"))
                 vectors, log_q = engine.refit(density, start.expand(len(part), -1).clone())
@@ -205,7 +205,7 @@ def _refitted(
 
     size = max(1, BATCH_NUMBERS // (recording.num_trials * recording.num_bins * recording.num_units))
     shared, of_trials = [], []
-    with torch.no_grad(), double_precision():
+    with torch.no_grad(), numerics():
         for some in vectors.split(size):
             prior, terms = log_terms(density.program, density.constrain(some), recording)
             shared.append(prior + density.log_jacobian(some))

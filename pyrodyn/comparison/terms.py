@@ -19,7 +19,7 @@ from pyrodyn.diagnostics import effective_share
 from pyrodyn.distributions import SwitchingPath
 from pyrodyn.errors import ComparisonError
 from pyrodyn.inference import collapse, collapses
-from pyrodyn.inference.engine import Engine, double_precision, random_stream
+from pyrodyn.inference.engine import Engine, numerics, random_stream
 from pyrodyn.inference.switching_particles import switching_evidence
 from pyrodyn.posterior import BATCH_NUMBERS, engine_of, parameters_at, thinned
 from pyrodyn.program import LatentModel, StateSpaceModel
@@ -344,7 +344,7 @@ def _in_batches(
 ) -> np.ndarray:
     share = recording.num_trials * max(recording.num_bins, each) * recording.num_units
     size = max(1, BATCH_NUMBERS // share)
-    with torch.no_grad(), double_precision():
+    with torch.no_grad(), numerics():
         found = [score(globals_at(chosen[i : i + size])).numpy() for i in range(0, len(chosen), size)]
     return np.concatenate(found)
 

@@ -30,7 +30,7 @@ from pyrodyn.distributions import Transition
 from pyrodyn.errors import CouplingError
 from pyrodyn.fitting import INTERVAL, same_units
 from pyrodyn.inference import collapse
-from pyrodyn.inference.engine import double_precision, random_stream
+from pyrodyn.inference.engine import numerics, random_stream
 from pyrodyn.linalg.recursion import follow, spread
 from pyrodyn.linalg.stationary import spectral_radius
 from pyrodyn.posterior import FitWarning, model_of, parameters_of, recording_of, trial_batches
@@ -151,7 +151,7 @@ def intervene(
     parameters = parameters_of(posterior, model, draws)
     inferred = recording.observations is not None
     summary, region_expected, region_factual = _Summary(), [], []
-    with random_stream(seed), torch.no_grad(), double_precision():
+    with random_stream(seed), torch.no_grad(), numerics():
         dynamics = model.transition(parameters, recording.isel(trial=[0])).dynamics  # the same in all trials
         unstable = float(surgery.unstable(dynamics).double().mean())
         for part in trial_batches(recording, 2 * draws):

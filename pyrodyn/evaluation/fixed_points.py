@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pyrodyn.errors import ModelError
-from pyrodyn.inference.engine import double_precision
+from pyrodyn.inference.engine import numerics
 from pyrodyn.linalg.slopes import expanded
 from pyrodyn.posterior import model_of, parameters_of, thinned
 
@@ -149,7 +149,7 @@ def fixed_points(posterior: xr.DataTree, *, draws: int = 50, radius: float = 1.0
     paths = torch.from_numpy(posterior["latents"]["mean"].values)
     visited = paths.reshape(-1, paths.shape[-1])
     starts = visited[torch.linspace(0, len(visited) - 1, min(STARTS, len(visited))).round().long()]
-    with double_precision():
+    with numerics():
         flow = model.flow(parameters_of(posterior, known, draws))
         sizes = posterior["posterior"].sizes
         count = len(thinned(sizes["chain"] * sizes["draw"], draws))

@@ -14,7 +14,7 @@ from pyrodyn.errors import ModelError, NonFiniteError
 from pyrodyn.inference._starts import starts
 from pyrodyn.inference.collapse import Collapsed, collapse
 from pyrodyn.inference.density import LogDensity
-from pyrodyn.inference.engine import Draws, double_precision, random_stream
+from pyrodyn.inference.engine import Draws, numerics, random_stream
 from pyrodyn.program import Labelled, Program
 from pyrodyn.progress import progress
 from pyrodyn.recording import Recording
@@ -112,7 +112,7 @@ class Gibbs:
 
     def run(self, program: Program, recording: Recording, *, seed: int, checkpoint: StateStore | None = None) -> Draws:
         model = declared(program)
-        with random_stream(seed), double_precision(), torch.no_grad():
+        with random_stream(seed), numerics(), torch.no_grad():
             sweep = model.conditionals(recording)
             held = checkpoint.read() if checkpoint else None
             run = (Run(self, sweep, {}) if held else self._begun(model, recording, sweep)).go(checkpoint)
@@ -165,7 +165,7 @@ class Gibbs:
         model = declared(density.plain)
         observations = density.observations
         assert observations is not None
-        with torch.no_grad(), double_precision():
+        with torch.no_grad(), numerics():
             sweep = model.conditionals(density.recording, observations.squeeze(1))
             given, local = density.constrain(start), [site.name for site in density.sites if site.local]
             values = {name: value.squeeze(1) for name, value in given.items() if name not in local}

@@ -15,7 +15,7 @@ from pyrodyn.inference.collapse import collapse, collapses
 from pyrodyn.inference.density import LogDensity
 from pyrodyn.inference.engine import (
     Draws,
-    double_precision,
+    numerics,
     random_stream,
     split_local,
     starting_values,
@@ -83,7 +83,7 @@ class HMC:
             )
 
     def run(self, program: Program, recording: Recording, *, seed: int, checkpoint: StateStore | None = None) -> Draws:
-        with random_stream(seed), double_precision():
+        with random_stream(seed), numerics():
             values = starting_values(program, recording, CLIMB, "HMC: start")
             treated, treatment = treat_path(program, recording, self.collapse, values)
             density = LogDensity(treated, recording)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyrodyn.checkpoint import StateStore
 from pyrodyn.inference.density import LogDensity
-from pyrodyn.inference.engine import Draws, double_precision, random_stream, starting_values, treat_path, vector_of
+from pyrodyn.inference.engine import Draws, numerics, random_stream, starting_values, treat_path, vector_of
 from pyrodyn.inference.mode import ascend, covariance_root, negative_hessian
 from pyrodyn.program import Program
 from pyrodyn.recording import Recording
@@ -52,7 +52,7 @@ class Laplace:
     least_curvature: float = 1e-4
 
     def run(self, program: Program, recording: Recording, *, seed: int, checkpoint: StateStore | None = None) -> Draws:
-        with random_stream(seed), double_precision():
+        with random_stream(seed), numerics():
             state = (checkpoint.read() if checkpoint else None) or {}
             values = starting_values(program, recording, 0, "Laplace")
             treated, treatment = treat_path(program, recording, True, values)

@@ -12,7 +12,7 @@ from pyrodyn.diffusion import DiffusionModel
 from pyrodyn.errors import ModelError
 from pyrodyn.inference._diffusion_fit import WEIGHTS, DiffusionFit, Schedule
 from pyrodyn.inference._profile import Profile, WeightPrior
-from pyrodyn.inference.engine import Draws, double_precision, random_stream, starting_values
+from pyrodyn.inference.engine import Draws, numerics, random_stream, starting_values
 from pyrodyn.inference.mode import covariance_root, negative_hessian
 from pyrodyn.program import Program, globals_given
 from pyrodyn.recording import Recording
@@ -86,7 +86,7 @@ class NaturalGradient:
                 f"NaturalGradient is for diffusions such as models.NeuralSDE, and {type(program).__name__} is none; "
                 "use SVI, HMC or NUTS"
             )
-        with random_stream(seed), double_precision():
+        with random_stream(seed), numerics():
             schedule = Schedule(
                 self.rounds, self.path_steps, self.path_rate, self.nodes, self.learning_rate, self.tolerance
             )

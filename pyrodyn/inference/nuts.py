@@ -17,7 +17,7 @@ from pyrodyn.errors import NonFiniteError
 from pyrodyn.inference.density import LogDensity
 from pyrodyn.inference.engine import (
     Draws,
-    double_precision,
+    numerics,
     random_stream,
     split_local,
     starting_values,
@@ -65,7 +65,7 @@ class NUTS:
     collapse: bool | None = None
 
     def run(self, program: Program, recording: Recording, *, seed: int, checkpoint: StateStore | None = None) -> Draws:
-        with double_precision():
+        with numerics():
             with random_stream(seed):
                 values = starting_values(program, recording, CLIMB, "NUTS: start")
                 treated, treatment = treat_path(program, recording, self.collapse, values)
@@ -85,7 +85,7 @@ class NUTS:
         warnings = []
         if diverging.any():
             warnings.append(f"NUTS: {int(diverging.sum())} of {diverging.size} draws diverged")
-        with double_precision():
+        with numerics():
             samples, local = split_local(treated, recording, samples)
         return Draws(
             samples,

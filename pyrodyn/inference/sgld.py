@@ -14,7 +14,7 @@ from pyrodyn.errors import ModelError, NonFiniteError
 from pyrodyn.inference.density import LogDensity
 from pyrodyn.inference.engine import (
     Draws,
-    double_precision,
+    numerics,
     random_stream,
     split_local,
     starting_values,
@@ -86,7 +86,7 @@ class SGLD:
             raise ModelError(f"step_size must be above 0 and at most 1, got {self.step_size!r}")
 
     def run(self, program: Program, recording: Recording, *, seed: int, checkpoint: StateStore | None = None) -> Draws:
-        with random_stream(seed), double_precision():
+        with random_stream(seed), numerics():
             values = starting_values(program, recording, CLIMB, "SGLD: start")
             treated, treatment = treat_path(program, recording, self.collapse, values)
             if self.batch is not None and getattr(treated, "point", None) is not None:

@@ -28,7 +28,7 @@ from pyrodyn.inference.collapse import Collapsed, collapse, collapses
 from pyrodyn.inference.density import LogDensity
 from pyrodyn.inference.engine import (
     Draws,
-    double_precision,
+    numerics,
     random_stream,
     split_local,
     starting_values,
@@ -92,7 +92,7 @@ class SVI:
     training: Training | None = None
 
     def run(self, program: Program, recording: Recording, *, seed: int, checkpoint: StateStore | None = None) -> Draws:
-        with random_stream(seed), double_precision(), pyro.settings.context(module_local_params=True):
+        with random_stream(seed), numerics(), pyro.settings.context(module_local_params=True):
             values = starting_values(program, recording, CLIMB, "SVI: start")
             factory: Any = self.guide
             if self._amortises(program, recording):

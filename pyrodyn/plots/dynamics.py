@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from pyrodyn.evaluation import fixed_points
 from pyrodyn.evaluation.fixed_points import HasFlow
 from pyrodyn.fitting import predict
-from pyrodyn.inference.engine import double_precision
+from pyrodyn.inference.engine import numerics
 from pyrodyn.plots.panels import (
     BAND,
     COLOURS,
@@ -220,7 +220,7 @@ def flow_field(posterior: xr.DataTree, *, model: Any = None) -> Figure:
     sides, grid = grid_about(points[inside])
     states = torch.from_numpy(centre + grid @ plane.T)
     known: Any = model
-    with torch.no_grad(), double_precision():
+    with torch.no_grad(), numerics():
         sizes = posterior["posterior"].sizes
         count = len(thinned(sizes["chain"] * sizes["draw"], FLOWS))
         moved = model.flow(parameters_of(posterior, known, FLOWS))(states.expand(count, -1, -1))

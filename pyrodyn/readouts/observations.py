@@ -12,7 +12,7 @@ from torch.distributions import constraints
 from pyrodyn.linalg.matrix import broadcast_shapes, of_all_trials
 from pyrodyn.readouts.law import Law
 
-PIECE = 60_000  # numbers (*batch, time, unit) at a time
+PIECE = 120_000  # numbers (*batch, time, unit) at a time
 
 
 class AffineReadout(TorchDistribution):
