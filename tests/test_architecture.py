@@ -53,7 +53,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
 # What an installation without extras has, by the name in an import.
 CORE_IMPORTS = frozenset(
     "torch pyro torchdiffeq numpy scipy sklearn xarray h5netcdf h5py networkx arviz_base arviz_stats "
-    "matplotlib numba tqdm typer".split()
+    "matplotlib numba threadpoolctl tqdm typer".split()
 )
 # What an extra brings: imported inside the function that needs it, so that `import pyrodyn` works without.
 EXTRA_IMPORTS = frozenset("pynwb hdmf pynapple nitime gudhi umap".split())

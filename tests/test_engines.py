@@ -470,7 +470,9 @@ def test_collapsing_twice_is_collapsing_once():
 
 def test_numerics_hold_inside_and_leave_the_users_settings_as_they_were():
     def blas() -> set[int]:
-        return {pool["num_threads"] for pool in ThreadpoolController().info() if pool["user_api"] == "blas"}
+        return {
+            pool["num_threads"] for pool in ThreadpoolController().info() if pool.get("threading_layer") == "pthreads"
+        }
 
     with ThreadpoolController().limit(limits=2, user_api="blas"):
         before = blas()

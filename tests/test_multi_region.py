@@ -10,6 +10,7 @@ from dataclasses import replace
 import networkx as nx
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 import pyrodyn as dyn
@@ -23,10 +24,10 @@ from pyrodyn.inference.density import LogDensity
 from pyrodyn.inference.engine import numerics, random_stream
 from pyrodyn.inference.gibbs import FEWEST, Run
 from pyrodyn.inference.mode import Rescaled, ascend
-from pyrodyn.models._regions import COURSE_SD
+from pyrodyn.models._regions import BUMPS, COURSE_SD, INITIAL, SIGNAL
 from pyrodyn.models._regions_network import _evidence, _potential
 from pyrodyn.models._regions_rows import _persistence, draw_courses
-from pyrodyn.models._regions_scales import apart_from_courses
+from pyrodyn.models._regions_scales import apart_from_courses, draw_variances
 from pyrodyn.program import globals_given
 from pyrodyn.systems import coupled_regions
 
@@ -354,6 +355,34 @@ def test_courses_and_their_weights_are_drawn_from_their_conditionals():
         assert float(apart) < 5.0 * math.sqrt(2.0 / chains), name
     across = parts["course"].flatten(1).mT @ parts["height"].flatten(1) / chains
     assert float(across.abs().max()) < 5.0 / math.sqrt(chains)
+
+
+def test_variances_are_drawn_from_their_conditionals():
+    """Drawn anew given what comes from the prior, each keeps its prior."""
+    seen, model, chains = recording(), models.MultiRegionLDS(1, time_bumps=3, shared_courses=2, trial_level=False), 4000
+    laws = {"signal_variance": SIGNAL, "initial_variance": INITIAL, "bump_variance": BUMPS}
+    sizes = {"signal_variance": 2, "initial_variance": 3, "bump_variance": 2}
+    with random_stream(3), numerics(), torch.no_grad():
+        sweep = model.conditionals(seen)
+        state = {
+            name: rate / torch._standard_gamma(torch.full((chains, sizes[name]), shape))
+            for name, (shape, rate) in laws.items()
+        }
+        sd = {name: value.sqrt().unsqueeze(-1) for name, value in state.items()}
+        state["course"] = torch.randn(chains, 2, 3)
+        state["course_weight"] = COURSE_SD * torch.randn(chains, 2, 2)
+        own = sd["bump_variance"] * torch.randn(chains, 2, 3)
+        state["time_locked"] = own + state["course_weight"] @ state["course"]
+        state["path"] = (sd["initial_variance"] * torch.randn(chains, 3, seen.num_trials)).mT.unsqueeze(2)
+        state["loading"] = torch.zeros(chains, seen.num_units, sweep.layout.size)
+        for r, (_, _, units) in enumerate(sweep.regions):
+            state["loading"][:, units, r] = (
+                sd["signal_variance"][:, r] * sweep.scale[units] * torch.randn(chains, len(units))
+            )
+        draw_variances(sweep, state)
+    for name, (shape, rate) in laws.items():
+        for drawn in state[name].T:
+            assert scipy.stats.kstest(drawn.numpy(), scipy.stats.invgamma(shape, scale=rate).cdf).pvalue > 1e-3, name
 
 
 def test_a_climb_in_coordinates_of_unit_curvature_gets_further():

@@ -192,20 +192,22 @@ def random_stream(seed: int, chain: int = 0) -> Iterator[None]:
 
 @contextmanager
 def numerics() -> Iterator[None]:
-    """float64 for what Pyro creates by default, its argument checks off for speed, and NumPy's products on one thread.
+    """float64 for what Pyro creates by default, its argument checks off for speed, and OpenBLAS on one thread.
 
-    torch has a pool of threads already. Where the threads of both wait for work at once, as they do by spinning, they
-    hold each other up: a product of .1 ms then takes up to 200 ms. The user's settings come back at the end.
+    That is NumPy's library, and torch has a pool of threads already. Where the threads of both wait for work at once,
+    as they do by spinning, they hold each other up: now and again a product of .1 ms takes 200 ms. The user's settings
+    come back at the end.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with pyro.validation_enabled(False), _thread_pools().limit(limits=1, user_api="blas"):
+        with pyro.validation_enabled(False), _second_pools().limit(limits=1, user_api="blas"):
             yield
     finally:
         torch.set_default_dtype(before)
 
 
 @functools.cache
-def _thread_pools() -> ThreadpoolController:
-    return ThreadpoolController()
+def _second_pools() -> ThreadpoolController:
+    """Those of OpenBLAS with threads of its own: what runs on OpenMP shares torch's."""
+    return ThreadpoolController().select(internal_api="openblas").select(threading_layer="pthreads")
