@@ -97,7 +97,8 @@ class MultiRegionLDS(StateSpaceModel):
     time_bumps : int, optional
         Hat functions of the time-locked input; 0 for none. By default one for every five bins, and no more than 40:
         what is locked to time and finer than they are passes for coupling. Ignored where each condition has a single
-        trial.
+        trial. Where nothing can be locked to time, ask for 0: what trials have in common by chance is learned as an
+        input, and moves what is predicted of new trials.
     shared_courses : int
         Rank of what the time-locked inputs of all latents have in common. A drive that all regions share costs its
         course once; were it paid for in every latent, edges from one region that has it to the others would be cheaper.
