@@ -195,8 +195,8 @@ def numerics() -> Iterator[None]:
     """float64 for what Pyro creates by default, its argument checks off for speed, and OpenBLAS on one thread.
 
     That is NumPy's library, and torch has a pool of threads already. Where the threads of both wait for work at once,
-    as they do by spinning, they hold each other up: now and again a product of .1 ms takes 200 ms. The user's settings
-    come back at the end.
+    as they do by spinning, they hold each other up: what takes 30 ms may take 500. The user's settings come back at the
+    end.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
