@@ -4,9 +4,9 @@ Run `python benchmarks/perturbations.py`. Three correlations for every system:
 
 - *kick*: total impulse responses of all pairs of regions at twenty lags, the fit's posterior mean against the truth;
 - *new trials*: what silencing a region does to the log of the expected rate of every unit of the others, from the same
-  equilibrium, which is a matter of their variances: all other effects of silence average out over new trials. Unless
-  something is locked to time. Nothing is in these systems, which a model does not know: so the same is asked of one
-  that has no such input (*unlocked*);
+  equilibrium, which is a matter of their variances: all other effects of silence average out over new trials, where
+  nothing is locked to time. A model does not know that nothing is: the same is asked of one without such an input
+  (*unlocked*);
 - *replay*: the same in each bin of the recorded trials, innovations inferred from the spikes, against what the true
   innovations would have done.
 

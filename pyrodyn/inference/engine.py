@@ -201,7 +201,7 @@ def numerics() -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with pyro.validation_enabled(False), _second_pools().limit(limits=1, user_api="blas"):
+        with pyro.validation_enabled(False), _second_pools().limit(limits=1):
             yield
     finally:
         torch.set_default_dtype(before)
