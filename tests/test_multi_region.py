@@ -24,7 +24,7 @@ from pyrodyn.inference.density import LogDensity
 from pyrodyn.inference.engine import numerics, random_stream
 from pyrodyn.inference.gibbs import FEWEST, Run
 from pyrodyn.inference.mode import Rescaled, ascend
-from pyrodyn.models._regions import BUMPS, COURSE_SD, INITIAL, SIGNAL
+from pyrodyn.models._regions import BUMPS, COURSES, INITIAL, SIGNAL
 from pyrodyn.models._regions_network import _evidence, _potential
 from pyrodyn.models._regions_rows import _persistence, draw_courses
 from pyrodyn.models._regions_scales import apart_from_courses, draw_variances
@@ -338,17 +338,22 @@ def test_courses_and_their_weights_are_drawn_from_their_conditionals():
     chains = 40_000
     with random_stream(3), numerics(), torch.no_grad():
         sweep = model.conditionals(seen)
-        variance = 0.05 + torch.rand(chains, 2)
+        variance, common = 0.05 + torch.rand(chains, 2), 0.05 + torch.rand(chains, 1)
         state = {
             "course": torch.randn(chains, 2, 3),
-            "course_weight": COURSE_SD * torch.randn(chains, 2, 2),
+            "course_variance": common,
+            "course_weight": common.sqrt().unsqueeze(-1) * torch.randn(chains, 2, 2),
             "bump_variance": variance,
         }
         own = variance.sqrt().unsqueeze(-1) * torch.randn(chains, 2, 3)
         state["time_locked"] = own + state["course_weight"] @ state["course"]
         draw_courses(sweep, state)
         heights = apart_from_courses(state) / variance.sqrt().unsqueeze(-1)
-    parts = {"course": state["course"], "weight": state["course_weight"] / COURSE_SD, "height": heights}
+    parts = {
+        "course": state["course"],
+        "weight": state["course_weight"] / common.sqrt().unsqueeze(-1),
+        "height": heights,
+    }
     for name, part in parts.items():
         flat = part.flatten(1)
         apart = (flat.mT @ flat / chains - torch.eye(flat.shape[1])).abs().max()
@@ -360,8 +365,8 @@ def test_courses_and_their_weights_are_drawn_from_their_conditionals():
 def test_variances_are_drawn_from_their_conditionals():
     """Drawn anew given what comes from the prior, each keeps its prior."""
     seen, model, chains = recording(), models.MultiRegionLDS(1, time_bumps=3, shared_courses=2, trial_level=False), 4000
-    laws = {"signal_variance": SIGNAL, "initial_variance": INITIAL, "bump_variance": BUMPS}
-    sizes = {"signal_variance": 2, "initial_variance": 3, "bump_variance": 2}
+    laws = {"signal_variance": SIGNAL, "initial_variance": INITIAL, "bump_variance": BUMPS, "course_variance": COURSES}
+    sizes = {"signal_variance": 2, "initial_variance": 3, "bump_variance": 2, "course_variance": 1}
     with random_stream(3), numerics(), torch.no_grad():
         sweep = model.conditionals(seen)
         state = {
@@ -370,7 +375,7 @@ def test_variances_are_drawn_from_their_conditionals():
         }
         sd = {name: value.sqrt().unsqueeze(-1) for name, value in state.items()}
         state["course"] = torch.randn(chains, 2, 3)
-        state["course_weight"] = COURSE_SD * torch.randn(chains, 2, 2)
+        state["course_weight"] = sd["course_variance"] * torch.randn(chains, 2, 2)
         own = sd["bump_variance"] * torch.randn(chains, 2, 3)
         state["time_locked"] = own + state["course_weight"] @ state["course"]
         state["path"] = (sd["initial_variance"] * torch.randn(chains, 3, seen.num_trials)).mT.unsqueeze(2)

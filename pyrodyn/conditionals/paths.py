@@ -21,6 +21,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from pyrodyn.conditionals.metropolis import acceptance_of
 from pyrodyn.conditioning import gaussian_potential, path_evidence
 from pyrodyn.distributions import GaussMarkov
 from pyrodyn.program import trial_plate
@@ -180,7 +181,7 @@ def turn(
     change = after - before - work
     blocks = change.new_zeros(*change.shape[:-1], int(block.max()) + 1)
     change = blocks.index_add(-1, block.clamp(min=0), torch.where(still, 0.0, change))
-    acceptance = torch.nan_to_num(change, -torch.inf, torch.inf, -torch.inf).clamp(max=0.0).exp()
+    acceptance = acceptance_of(change)
     accepted = (torch.rand_like(acceptance) < acceptance)[..., block.clamp(min=0)] & ~still
     return torch.where(accepted.unsqueeze(-1), mean + place, path), acceptance
 

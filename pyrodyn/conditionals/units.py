@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrodyn.conditionals.metropolis import acceptance_of
 from pyrodyn.linalg.matrix import cholesky
 from pyrodyn.readouts import Law
 
@@ -141,7 +142,7 @@ def draw_coefficients(
         return proposed, torch.ones_like(value)
     ahead, back, back_root = expand(proposed)
     change = ahead - value + density(coefficients, back, back_root) - density(proposed, centre, root)
-    acceptance = torch.nan_to_num(change, -torch.inf, torch.inf, -torch.inf).clamp(max=0.0).exp()
+    acceptance = acceptance_of(change)
     accepted = torch.rand_like(acceptance) < acceptance
     return torch.where(accepted.unsqueeze(-1), proposed, coefficients), acceptance
 
@@ -157,5 +158,5 @@ def draw_noise(
         return fit.sum(-2) + prior.log_prob(at) + at.log()
 
     proposed = noise * (step * torch.randn_like(noise)).exp()
-    acceptance = torch.nan_to_num(score(proposed) - score(noise), -torch.inf).clamp(max=0.0).exp()
+    acceptance = acceptance_of(score(proposed) - score(noise))
     return torch.where(torch.rand_like(acceptance) < acceptance, proposed, noise), acceptance

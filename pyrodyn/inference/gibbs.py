@@ -39,7 +39,9 @@ class Sweep(Protocol):
     def local(self, state: dict[str, Tensor]) -> dict[str, Tensor]: ...
 
     def entropy(self, state: dict[str, Tensor]) -> Tensor:
-        """Of the unknowns whose number differs between states, (chain); asked of models that are `Nesting`."""
+        """Of the unknowns of which states have more or less, or know more or less, (chain); asked of models that are
+        `Nesting`.
+        """
         ...
 
     def join(self, state: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -206,8 +208,8 @@ class Run:
     def scout(self, density: LogDensity, total: int) -> float:
         """Warm up to sweep ``total``, and the mean over the second half of that of the log posterior mass about them.
 
-        That is the log density with paths integrated out, and the entropy of unknowns that other states do not have:
-        without it more unknowns would always seem better.
+        That is the log density with paths integrated out, and the entropy of unknowns that other states do not have,
+        or do not know: without it more unknowns, and what is known of them, would always seem better.
         """
         half, found = (self.count + total) // 2, []
         with progress(total, "Gibbs: scouts", self.count) as bar:

@@ -29,9 +29,8 @@ GLOBAL, LEVEL = "global", "trial level"  # names of what is common to all region
 SPIKE, HORSESHOE = "spike-and-slab", "horseshoe"
 SIGNAL = (1.0, 0.02)  # shape and rate of the prior of a region's squared loading, per unit of innovation
 INITIAL = (1.5, 7.5)  # of the variance of the first state
-BUMPS = (1.0, 0.02)  # of the squared height of the time-locked input
+BUMPS = COURSES = (0.5, 1e-7)  # of the squared height of the time-locked input, own and common: next to none
 BINS_A_BUMP, MOST_BUMPS = 5, 40  # hat functions where their number is not given
-COURSE_SD = 0.5  # of what enters from a course of the trial's time that regions share, beside innovations of one
 INNOVATION_SD = 0.5  # of the loadings of shared innovations, beside private ones of one
 OWN_SD = 0.4  # of a region's own block: singular values about this wide about the persistence
 COMMON_SD = 0.25  # of what enters from global latents, beside innovations of one
@@ -336,6 +335,8 @@ def initial_values(model: MultiRegionLDS, recording: Recording) -> dict[str, Ten
         shape = (layout.regional, model.shared_innovations)
         values["innovations"] = 0.05 * torch.randn(shape, generator=generator, dtype=torch.float64)
     if bumps and model.shared_courses:
-        shapes = {"course": (model.shared_courses, *bumps), "course_weight": (layout.regional, model.shared_courses)}
-        values |= {n: 0.1 * torch.randn(shape, generator=generator, dtype=torch.float64) for n, shape in shapes.items()}
+        values["course_variance"] = torch.full((1,), 0.01, dtype=torch.float64)
+        course, weight = (model.shared_courses, *bumps), (layout.regional, model.shared_courses)
+        values["course"] = 0.1 * torch.randn(course, generator=generator, dtype=torch.float64)
+        values["course_weight"] = torch.randn(weight, generator=generator, dtype=torch.float64)
     return {name: value.to(recording.scale.device) for name, value in values.items()}

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyrodyn.conditionals.along import Along, log_evidence
 from pyrodyn.conditionals.edges import EdgeToggle
-from pyrodyn.conditionals.paths import Leftover, factors
+from pyrodyn.conditionals.metropolis import acceptance_of
+from pyrodyn.conditionals.paths import factors
 from pyrodyn.conditionals.surrogate import BATCH_NUMBERS, Quadratic, Rows, drawn
 from pyrodyn.conditioning import gaussian_potential
 from pyrodyn.distributions.network import log_stability
+from pyrodyn.models._regions_locked import MOVED, move_locked
 from pyrodyn.readouts import AffineReadout
 
 if TYPE_CHECKING:
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 TOGGLES = 4  # edges proposed to come or go in a sweep, beside the sets of sources of every region
 SCATTER = 5  # runs under the surrogate that make a chain's first network
 ACCEPTED = 0.4  # of the moves of the network, to which their caution adapts
-_LOG_ROOT = 0.5 * math.log(2.0 * math.pi)
 
 
 class Scored(NamedTuple):
@@ -33,6 +34,7 @@ class Scored(NamedTuple):
     vector: Tensor
     value: Tensor  # log density with the path integrated out under the potential
     slope: Tensor
+    evidence: Tensor  # that density without the prior
 
     def where(self, accepted: Tensor, other: Scored) -> Scored:
         """These where accepted, the others elsewhere."""
@@ -40,6 +42,7 @@ class Scored(NamedTuple):
             torch.where(accepted[:, None], self.vector, other.vector),
             torch.where(accepted, self.value, other.value),
             torch.where(accepted[:, None], self.slope, other.slope),
+            torch.where(accepted, self.evidence, other.evidence),
         )
 
 
@@ -96,7 +99,9 @@ def move_network(sweep: RegionSweep, state: State, adapt: bool) -> None:
     potential = _potential(sweep, state, readout)
     information, prior = state["caution"][:, None, None] * state["information"], sweep.prior(state)
     here, near = _scored(sweep, state, parameters, potential, sweep.layout.vector(state["dynamics"]))
-    along = None if sweep.model.readout.is_gaussian else _Along(readout, sweep, state, potential, near)
+    along = (
+        None if sweep.model.readout.is_gaussian else Along(readout, sweep.seen(state), potential, state["path"], near)
+    )
     # A toggle is worth its chance where the quadratic is right; caution would have it ask for less than that.
     moves: list[tuple[Rows | EdgeToggle, Tensor]] = [(rows, information) for rows in sweep.rows]
     moves += [(sweep.toggle, state["information"])] * (TOGGLES if sweep.slab.uncertain else 0)
@@ -106,7 +111,7 @@ def move_network(sweep: RegionSweep, state: State, adapt: bool) -> None:
         vector, ahead = move.step(here.vector, here.slope, curvature, prior)
         there, near = _scored(sweep, state, parameters, potential, vector)
         behind = move.log_density(there.vector, there.slope, curvature, prior, here.vector, ahead)
-        acceptance = _probability(there.value + behind - here.value - ahead.log_density)
+        acceptance = acceptance_of(there.value + behind - here.value - ahead.log_density)
         # Signs of common latents are held to one half of the space, on which the step stays reversible.
         acceptance = torch.where((_signs(sweep, state, there) == _signs(sweep, state, here)).all(-1), acceptance, 0.0)
         accepted = torch.rand_like(acceptance) < acceptance
@@ -123,44 +128,10 @@ def move_network(sweep: RegionSweep, state: State, adapt: bool) -> None:
     state["dynamics"] = sweep.layout.matrix(here.vector)
     if sweep.slab.uncertain and not adapt:
         state["edge_log_odds"] = sweep.toggle.log_odds(here.vector, here.slope, state["information"], prior)
+    if sweep.bumps and float(torch.rand(())) < MOVED:
+        move_locked(sweep, state, sweep.parameters(state), potential, here.evidence, along)
     if along is not None:
         state["path"] = along.path
-
-
-class _Along:
-    """A path that keeps its noise while the network moves, and what the potential leaves over of counts along it."""
-
-    def __init__(
-        self,
-        readout: AffineReadout,
-        sweep: RegionSweep,
-        state: State,
-        potential: tuple[Tensor, Tensor],
-        near: GaussMarkov,
-    ) -> None:
-        self.rest = Leftover(readout, sweep.seen(state), *potential)
-        self.path, self.noise = state["path"], near.noise_of(state["path"])
-        self.left = self._left(self.path)
-
-    def move(self, near: GaussMarkov, passed: Tensor) -> tuple[Tensor, Tensor]:
-        """Go along to networks whose paths have the law ``near``: which chains (chain) do of those that ``passed``,
-        and how probable that was."""
-        if not bool(passed.any()):
-            return passed, torch.zeros_like(self.left)
-        path = near.draw(self.noise)
-        left = self._left(path)
-        probability = torch.where(passed, _probability(left - self.left), 0.0)
-        accepted = torch.rand_like(probability) < probability
-        self.path = torch.where(accepted[:, None, None, None], path, self.path)
-        self.left = torch.where(accepted, left, self.left)
-        return accepted, probability
-
-    def _left(self, path: Tensor) -> Tensor:
-        return self.rest.value(path).sum((-2, -1))
-
-
-def _probability(change: Tensor) -> Tensor:
-    return torch.nan_to_num(change, -torch.inf).clamp(max=0.0).exp()
 
 
 def _scored(
@@ -177,7 +148,8 @@ def _scored(
     evidence, slope = _evidence(sweep, moved, prior, near)
     value = evidence + sweep.prior(state).log_prob(vector)
     bad = ~(torch.isfinite(value) & torch.isfinite(slope).all(-1))
-    return Scored(vector, torch.where(bad, -torch.inf, value), torch.where(bad.unsqueeze(-1), 0.0, slope)), near
+    slope = torch.where(bad.unsqueeze(-1), 0.0, slope)
+    return Scored(vector, torch.where(bad, -torch.inf, value), slope, evidence), near
 
 
 def _evidence(
@@ -189,9 +161,6 @@ def _evidence(
 
     under ``near``, whose factor serves the draw of the path, too.
     """
-    bins, latents = near.event_shape
-    evidence = 0.5 * (near.linear * near.mean).sum((-2, -1)) + near.log_whitening_jacobian - prior.log_normaliser
-    evidence = evidence.sum(-1) + near.batch_shape[-1] * bins * latents * _LOG_ROOT
     before, after = near.mean[..., :-1, :], near.mean[..., 1:, :]
     drift = sweep.model.drift(parameters, sweep.recording)
     if drift is not None:
@@ -200,7 +169,7 @@ def _evidence(
     own = before.flatten(1, 2).mT @ before.flatten(1, 2) + near.covariance[..., :-1, :, :].sum((1, 2))
     residual = lagged - parameters.dynamics.squeeze(1) @ own
     noise = sweep.model.process_noise(parameters, sweep.layout).squeeze(1)
-    return evidence, sweep.layout.vector(torch.linalg.solve(noise, residual))
+    return log_evidence(prior, near), sweep.layout.vector(torch.linalg.solve(noise, residual))
 
 
 def _signs(sweep: RegionSweep, state: State, scored: Scored) -> Tensor:

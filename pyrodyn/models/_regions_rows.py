@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyrodyn.conditionals.regression import SourceLaw, SourceSets
 from pyrodyn.distributions.network import log_stability
-from pyrodyn.models._regions import COURSE_SD, INNOVATION_SD
+from pyrodyn.models._regions import INNOVATION_SD
 
 if TYPE_CHECKING:
     from pyrodyn.models._regions_sweep import RegionSweep, State
@@ -137,17 +137,24 @@ def draw_courses(sweep: RegionSweep, state: State) -> None:
         return
     locked = state["time_locked"]  # (chain, regional, condition x bump)
     weight = state["bump_variance"][:, sweep.layout.group[: sweep.layout.regional]].reciprocal()
+    scale = state["course_variance"].reciprocal()[..., None, None]
     for _ in range(COURSE_STEPS):
         course = state["course"]
         precision = weight[..., None, None] * (course @ course.mT).unsqueeze(1)
         linear = weight.unsqueeze(-1) * (locked @ course.mT)
-        state["course_weight"] = normal_draw(precision, linear.unsqueeze(-1), COURSE_SD**-2).squeeze(-1)
-        enters = state["course_weight"].mT
-        heard = enters * weight.unsqueeze(1)
-        state["course"] = normal_draw(heard @ enters.mT, heard @ locked, 1.0)
+        state["course_weight"] = normal_draw(precision, linear.unsqueeze(-1), scale).squeeze(-1)
+        draw_course(sweep, state)
 
 
-def normal_draw(precision: Tensor, linear: Tensor, prior: float) -> Tensor:
+def draw_course(sweep: RegionSweep, state: State) -> None:
+    """What the time-locked inputs have in common, given these and how it enters them."""
+    weight = state["bump_variance"][:, sweep.layout.group[: sweep.layout.regional]].reciprocal()
+    enters = state["course_weight"].mT
+    heard = enters * weight.unsqueeze(1)
+    state["course"] = normal_draw(heard @ enters.mT, heard @ state["time_locked"], 1.0)
+
+
+def normal_draw(precision: Tensor, linear: Tensor, prior: float | Tensor) -> Tensor:
     """Columns (*batch, entry, column) of a normal law with this potential, times a prior of mean zero."""
     root = torch.linalg.cholesky(precision + prior * torch.eye(precision.shape[-1], dtype=precision.dtype))
     white = torch.linalg.solve_triangular(root, linear, upper=False)

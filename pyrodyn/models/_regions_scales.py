@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyrodyn.distributions.horseshoe import HorseshoeNetwork, log_half_cauchy
-from pyrodyn.models._regions import BUMPS, COURSE_SD, INITIAL, INNOVATION_SD, SIGNAL
+from pyrodyn.models._regions import BUMPS, COURSES, INITIAL, INNOVATION_SD, SIGNAL
 
 if TYPE_CHECKING:
     from pyrodyn.models._regions_sweep import RegionSweep, State
@@ -63,7 +63,7 @@ def _stretch(sweep: RegionSweep, state: State, place: slice, index: int) -> None
             grown = grown + locked[0].numel()
         if "course" in state:
             courses = state["course_weight"][:, place]
-            up, grown = up + courses.square().sum((1, 2)) / COURSE_SD**2, grown + courses[0].numel()
+            up, grown = up + courses.square().sum((1, 2)) / state["course_variance"][:, 0], grown + courses[0].numel()
         if "input_gain" in state:
             gain = state["input_gain"][:, place] * sweep.recording.input_scale
             up, grown = up + gain.square().sum((1, 2)), grown + gain[0].numel()
@@ -113,6 +113,7 @@ def draw_variances(sweep: RegionSweep, state: State) -> None:
     for name, prior, blocks in (
         ("initial_variance", INITIAL, [first[..., p] for p in layout.places]),
         ("signal_variance", SIGNAL, _weights(sweep, state)),
+        ("course_variance", COURSES, [state["course_weight"]] if "course" in state else []),
         ("bump_variance", BUMPS, [apart_from_courses(state)[:, p] for p in layout.places] if sweep.bumps else []),
     ):
         if name == "initial_variance":

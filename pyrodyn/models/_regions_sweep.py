@@ -36,7 +36,7 @@ _PARAMETERS = frozenset(
 ROUNDS = 6  # of settling the first reference
 AVERAGED = (0.1, 0.5)  # share of the warm-up over which the reference is averaged
 CAUTION = 1.5  # factor of the curvature that proposals are made with, before it adapts
-_VARIANCES = ("signal_variance", "initial_variance", "bump_variance")
+_VARIANCES = ("signal_variance", "initial_variance", "bump_variance", "course_variance")
 _REFERENCE = ("centre", "score", "curvature")
 _SUMS = ("centre_sum", "score_sum", "curvature_sum")
 
@@ -105,6 +105,7 @@ class RegionSweep:
         if self.bumps:
             held["time_locked"] = held["time_locked"].flatten(-2)
         if "course" in held:
+            held["course_weight"] = held["course_variance"].sqrt().unsqueeze(-1) * held["course_weight"]
             held["course"] = held["course"].flatten(-2)
         if isinstance(self.law, HorseshoeNetwork):
             held["edge_scales"] = self.law.split(grouped["network"])[1].clone()
@@ -145,18 +146,23 @@ class RegionSweep:
             found |= {"bump_variance": state["bump_variance"], "bumps": heights.unflatten(-1, self.bumps)}
         if self.bumps and "course" in state:
             found["course"] = state["course"].unflatten(-1, self.bumps)
-            found["course_weight"] = back[:, :regional, :regional] @ state["course_weight"]
+            size = state["course_variance"].sqrt().unsqueeze(-1)
+            found["course_variance"] = state["course_variance"]
+            found["course_weight"] = back[:, :regional, :regional] @ state["course_weight"] / size
         if self.model.shared_innovations:
             found["innovations"] = (back @ state["innovation_loading"])[:, :regional]
         return found
 
     def entropy(self, state: State) -> Tensor:
-        """Of the dynamics whose edges are there, (chain), as far as the information that chains propose with tells."""
+        """Of the dynamics whose edges are there, (chain), as far as the information that chains propose with tells, and
+        of what is locked to time, beside that of its prior.
+        """
         vector = self.layout.vector(state["dynamics"])
         there = (vector != 0.0).to(vector.dtype)
         precision = state["information"] + torch.diag_embed(self.prior(state).weight.expand_as(vector))
         precision = there.unsqueeze(-1) * precision * there.unsqueeze(-2) + torch.diag_embed(1.0 - there)
-        return 0.5 * (math.log(2.0 * math.pi * math.e) * there.sum(-1) - torch.logdet(precision))
+        found = 0.5 * (math.log(2.0 * math.pi * math.e) * there.sum(-1) - torch.logdet(precision))
+        return found + state["locked_entropy"] if "locked_entropy" in state else found
 
     def join(self, state: State, other: State) -> State:
         """Half of the chains of two starts; common latents of the other take the signs of the first."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyrodyn.conditionals.metropolis import acceptance_of
 from pyrodyn.conditionals.steps import draw_coefficients, draw_precision, draw_scale, step_sums
 from pyrodyn.conditionals.transitions import StateLogits, draw_dirichlet, transition_counts
 from pyrodyn.models._modes import numbering
@@ -100,7 +101,7 @@ class StepMoves:
             prior.log_dynamics(part[..., :wide, :].mT) - prior.log_normal(part[..., :wide, :].mT)
             for part in (drawn, held)
         )
-        acceptance = torch.nan_to_num(ahead - here, nan=-torch.inf).clamp(max=0.0).exp()
+        acceptance = acceptance_of(ahead - here)
         accepted = (torch.rand_like(acceptance) < acceptance)[..., None, None]
         state["step_acceptance"] = acceptance
         held = torch.where(accepted, drawn, held)

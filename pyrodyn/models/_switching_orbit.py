@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pyrodyn.conditionals.metropolis import acceptance_of
 from pyrodyn.linalg.matrix import cholesky
 from pyrodyn.models._switching_moves import State
 
@@ -37,7 +38,7 @@ def reshape_latents(sweep: SwitchingSweep, state: State, adapt: bool) -> None:
         change, log_det = torch.linalg.matrix_exp(step), step.diagonal(dim1=-2, dim2=-1)
         ahead, ahead_second = _mapped(held, change, dim), change @ second @ change.mT
         gained = _log_prior(sweep, ahead, state, ahead_second)
-        acceptance = torch.nan_to_num(gained - value + log_det @ grows, nan=-torch.inf).clamp(max=0.0).exp()
+        acceptance = acceptance_of(gained - value + log_det @ grows)
         accepted = torch.rand(chains, dtype=torch.float64) < acceptance
 
         def chosen(new: Tensor, old: Tensor, accepted: Tensor = accepted) -> Tensor:

@@ -29,7 +29,7 @@ from pyrodyn.models import _regions_posterior as labels
 from pyrodyn.models._regions import (
     BINS_A_BUMP,
     BUMPS,
-    COURSE_SD,
+    COURSES,
     HORSESHOE,
     INITIAL,
     INNOVATION_SD,
@@ -97,8 +97,7 @@ class MultiRegionLDS(StateSpaceModel):
     time_bumps : int, optional
         Hat functions of the time-locked input; 0 for none. By default one for every five bins, and no more than 40:
         what is locked to time and finer than they are passes for coupling. Ignored where each condition has a single
-        trial. Where nothing can be locked to time, ask for 0: what trials have in common by chance is learned as an
-        input, and moves what is predicted of new trials.
+        trial. Its scales are learned, and next to none where the data know of no such input.
     shared_courses : int
         Rank of what the time-locked inputs of all latents have in common. A drive that all regions share costs its
         course once; were it paid for in every latent, edges from one region that has it to the others would be cheaper.
@@ -189,8 +188,9 @@ class MultiRegionLDS(StateSpaceModel):
             if self.shared_courses:
                 shape = (self.shared_courses, *bumps)
                 course = pyro.sample("course", dist.Normal(zero.expand(shape), 1.0).to_event(3))
-                prior = dist.Normal(zero.expand(regional, self.shared_courses), COURSE_SD)
-                weight = pyro.sample("course_weight", prior.to_event(2))
+                spread = pyro.sample("course_variance", dist.InverseGamma(*_rates(COURSES, zero, 1)).to_event(1))
+                prior = dist.Normal(zero.expand(regional, self.shared_courses), 1.0)
+                weight = spread.sqrt().unsqueeze(-1) * pyro.sample("course_weight", prior.to_event(2))
                 time_locked = time_locked + torch.einsum("...ik,...kcb->...icb", weight, course)
         shared = None
         if self.shared_innovations:
