@@ -5,8 +5,7 @@ Run `python benchmarks/perturbations.py`. Three correlations for every system:
 - *kick*: total impulse responses of all pairs of regions at twenty lags, the fit's posterior mean against the truth;
 - *new trials*: what silencing a region does to the log of the expected rate of every unit of the others, from the same
   equilibrium, which is a matter of their variances: all other effects of silence average out over new trials, where
-  nothing is locked to time. A model does not know that nothing is: the same is asked of one without such an input
-  (*unlocked*);
+  nothing is locked to time;
 - *replay*: the same in each bin of the recorded trials, innovations inferred from the spikes, against what the true
   innovations would have done.
 
@@ -38,7 +37,7 @@ from pyrodyn.linalg.stationary import stationary_covariance
 from pyrodyn.systems import System, coupled_regions, feedback_loop
 
 DRAWS = 60  # of paths under the true parameters
-COLUMNS = ("kick", "kick, oracle", "new", "new, unlocked", "new, oracle", "replay", "replay, oracle")
+COLUMNS = ("kick", "kick, oracle", "new", "new, oracle", "replay", "replay, oracle")
 
 
 class Truth:
@@ -81,8 +80,7 @@ def row(name: str, seed: int, system: System, sweeps: int) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dyn.FitWarning)
         posterior = dyn.fit(models.MultiRegionLDS(2), system.recording, engine, seed=0)
-        seconds = time.perf_counter() - began
-        unlocked = dyn.fit(models.MultiRegionLDS(2, time_bumps=0), system.recording, engine, seed=0)
+    seconds = time.perf_counter() - began
     learned = oracle(system)
     recording, truth, best = system.recording, Truth(system.truth), Truth(learned)
     fitted, ideal, true = (
@@ -101,9 +99,8 @@ def row(name: str, seed: int, system: System, sweeps: int) -> str:
     for region in recording.regions:
         others = recording.region != region
         blank = recording.isel(trial=[0]).blank()
-        asked = {"new": (posterior, blank), "new, unlocked": (unlocked, blank), "replay": (posterior, recording)}
-        for key, (fit, where) in asked.items():
-            effect = dyn.intervene(fit, where, silence=region, draws=40).isel(unit=others)
+        for key, where in (("new", blank), ("replay", recording)):
+            effect = dyn.intervene(posterior, where, silence=region, draws=40).isel(unit=others)
             found.setdefault(key, []).append(np.log(effect["expected"].values / effect["factual"].values))
         for key, values in (
             ("new, truth", truth.new_trials(region)),
@@ -129,9 +126,8 @@ def main() -> int:
         f"Made by `python benchmarks/perturbations.py`; trials of 500 bins, {options.sweeps} + {options.sweeps} sweeps",
         "of 2 chains. Correlations of predicted and true responses; what each column is, the script's head says.",
         "",
-        "| system | trials | seed | kick | oracle | silence, new trials | unlocked | oracle | silence, replay | oracle "
-        "| s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| system | trials | seed | kick | oracle | silence, new trials | oracle | silence, replay | oracle | s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for trials in options.trials:
         for seed in options.seeds:

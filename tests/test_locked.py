@@ -126,7 +126,7 @@ def test_scales_keep_their_posterior(monkeypatch):
         root = torch.linalg.cholesky(torch.eye(6) + 0.5)
         pull = 2.0 * by_condition(heights, 1) @ root @ root.mT + math.sqrt(2.0) * torch.randn(chains, 1, 6) @ root.mT
         bowl = Bowl((root @ root.mT).expand(chains, 1, 6, 6), pull, torch.tensor([2.0]))
-        moved = _stepped(sweep, bowl, scales, bowl.given(scales, sweep).evidence)
+        moved, _ = _stepped(sweep, bowl, scales, bowl.given(scales, sweep).evidence)
     keep_prior(moved, wide)
     assert bool((moved.own != scales.own).any()) and bool((moved.weight != scales.weight).any())
 
@@ -197,6 +197,26 @@ def keep_prior(found: Scales, law: tuple[float, float]) -> None:
     assert scipy.stats.kstest(standard.flatten().numpy(), "norm").pvalue > 1e-3
 
 
+@pytest.mark.parametrize("drive", [0.0, 1.0])
+def test_chains_start_with_a_drive_where_there_is_one(drive):
+    """Whatever a climb left, which is heights as large with a drive as without."""
+    generator = np.random.default_rng(0)
+    course = drive * np.sin(np.linspace(0.0, 12.0, 60))[:, None]
+    path = np.zeros((8, 60, 2))
+    for t in range(1, 60):
+        path[:, t] = 0.8 * path[:, t - 1] + course[t] + generator.standard_normal((8, 2))
+    values = np.repeat(path, 3, -1) + 0.3 * generator.standard_normal((8, 60, 6))
+    seen = recording(values)
+    model = models.MultiRegionLDS(1, time_bumps=12, readout=readouts.Gaussian())
+    with random_stream(7), numerics(), torch.no_grad():
+        values = model.initial_values(seen)
+        values["bumps"] = torch.randn_like(values["bumps"])
+        values["bump_variance"] = torch.full_like(values["bump_variance"], 10.0)
+        state = model.conditionals(seen).start(values, 8)
+    size = state["time_locked"].square().mean((1, 2)).sqrt()
+    assert bool((size < 0.1).all() if not drive else (size > 0.3).all())
+
+
 @pytest.mark.parametrize("courses", [0, 1, 2])
 def test_a_sweep_moves_what_is_locked_to_time(courses, monkeypatch):
     """Whatever the number of courses, and with a condition of which there are no trials."""
@@ -210,3 +230,13 @@ def test_a_sweep_moves_what_is_locked_to_time(courses, monkeypatch):
     assert after["time_locked"].shape == (2, 4, 12)
     assert bool((after["bump_variance"] != state["bump_variance"]).all())
     torch.testing.assert_close(after["locked_acceptance"], torch.ones(2).double(), atol=1e-6, rtol=0.0)
+
+
+def test_starts_are_joined_though_nothing_locked_to_time_has_moved(monkeypatch):
+    monkeypatch.setattr(_regions_network, "MOVED", 0.0)
+    with random_stream(4), numerics(), torch.no_grad():
+        sweep, state = begun(MODEL, two_conditions(), 2)
+        one, other = sweep.sweep(state, 0.0), sweep.sweep(state, 0.0)
+        joined = sweep.join(one, other)
+        assert bool(torch.isfinite(sweep.entropy(joined)).all())
+        assert sweep.sweep(joined, 0.0)["path"].shape == state["path"].shape

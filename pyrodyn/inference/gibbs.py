@@ -23,7 +23,7 @@ PATHS = 100  # drawn paths that are kept
 SCOUTED, FEWEST = 16, 30  # sweeps before one of several starts is chosen, and of warm-ups that are worth a choice
 HOPELESS = 50.0  # nats behind the best after half of them
 MARGIN = 10.0  # nats by which a start has to be better than that of the simpler model
-ALIKE = 25.0  # nats between starts of which 16 sweeps do not tell which is better
+ALIKE = 40.0  # nats: two standard errors of how far apart two such means are
 STATE = "state/"
 
 

@@ -26,7 +26,43 @@ if TYPE_CHECKING:
 
 MOVED = 0.5  # share of sweeps in which they move: a move costs as much as a third of those of the network
 SCALE_STEP, LONGEST = 1.0, 30.0  # of the logarithms of variances: steps of two degrees of freedom, some of them far
+LEAST = 1e-6  # of the variances that a climb leaves
+BEGUN = 30  # rounds of steps that scales make before chains start
 WEIGHT_TURN = 0.3  # in radians: of the weights of courses about their prior's centre
+
+
+def begin_locked(
+    sweep: RegionSweep, state: State, parameters: MultiRegionParameters, potential: tuple[Tensor, Tensor]
+) -> None:
+    """Scales, heights and courses where chains start, drawn under the quadratic.
+
+    A climb leaves scales so wide that heights cost nothing and fit what averages over trials have by chance: chains
+    would need all of their scouting to leave that. What heights have in common is first looked for in those of the
+    climb.
+    """
+    bowl, heights, own = Bowl.of(sweep, parameters, potential), state["time_locked"], state["time_locked"]
+    if "course" in state:
+        left, size, _ = torch.linalg.svd(heights, full_matrices=False)
+        courses = min(state["course_weight"].shape[-1], size.shape[-1])
+        left, size = left[..., :courses], size[..., None, :courses]
+        own = heights - left @ (left.mT @ heights)
+        weight = left * size / math.sqrt(heights.shape[-1])
+        state["course_weight"] = torch.nn.functional.pad(weight, (0, state["course_weight"].shape[-1] - courses))
+        state["course_variance"] = weight.square().mean((-2, -1), keepdim=True).squeeze(-1)
+    spread = [own[:, place].square().mean((-2, -1)) for place in sweep.layout.places]
+    state["bump_variance"] = torch.stack(spread, -1)
+    for name in ("bump_variance", "course_variance"):
+        if name in state:
+            state[name] = state[name].clamp(min=LEAST)
+    scales = Scales.of(sweep, state)
+    evidence = bowl.given(scales, sweep).evidence
+    for _ in range(BEGUN):
+        scales, evidence = _stepped(sweep, bowl, scales, evidence)
+    law = bowl.given(scales, sweep)
+    state["time_locked"] = law.draw(torch.randn_like(law.white))
+    scales.keep(sweep, state)
+    # Until they first move:
+    state |= {"locked_entropy": law.entropy, "locked_acceptance": torch.zeros_like(law.entropy)}
 
 
 def move_locked(
@@ -47,7 +83,7 @@ def move_locked(
     bowl = Bowl.of(sweep, parameters, potential)
     first = bowl.given(held, sweep)
     noise = first.noise_of(state["time_locked"])
-    scales = _stepped(sweep, bowl, held, first.evidence)
+    scales, _ = _stepped(sweep, bowl, held, first.evidence)
     law = bowl.given(scales, sweep)
     angle = 0.5 * math.pi * torch.rand(len(noise), 1, 1, dtype=torch.float64).square()
     heights = law.draw(angle.cos() * noise + angle.sin() * torch.randn_like(noise))
@@ -63,11 +99,7 @@ def move_locked(
     state["locked_acceptance"] = acceptance
     state["time_locked"] = torch.where(accepted[:, None, None], heights, state["time_locked"])
     state["locked_entropy"] = torch.where(accepted, law.entropy, first.entropy)
-    scales = scales.where(accepted, held)
-    state["bump_variance"] = scales.own
-    if "course" in state:
-        state["course_variance"], state["course_weight"] = scales.common, scales.weight
-        draw_course(sweep, state)
+    scales.where(accepted, held).keep(sweep, state)
 
 
 class Scales(NamedTuple):
@@ -84,6 +116,13 @@ class Scales(NamedTuple):
         none = own.new_ones(len(own), 1), own.new_zeros(len(own), sweep.layout.regional, 0)
         names = ("course_variance", "course_weight")
         return cls(own, *(state.get(name, absent) for name, absent in zip(names, none, strict=True)))
+
+    def keep(self, sweep: RegionSweep, state: State) -> None:
+        """Write these into a state, and draw courses given them and the heights."""
+        state["bump_variance"] = self.own
+        if "course" in state:
+            state["course_variance"], state["course_weight"] = self.common, self.weight
+            draw_course(sweep, state)
 
     def where(self, accepted: Tensor, other: Scales) -> Scales:
         """These where accepted (chain), the others elsewhere."""
@@ -202,7 +241,7 @@ def _summed(values: Tensor, member: Tensor) -> Tensor:
     return (wide.flatten(2).mT @ member).unflatten(1, wide.shape[-2:])
 
 
-def _stepped(sweep: RegionSweep, bowl: Bowl, here: Scales, evidence: Tensor) -> Scales:
+def _stepped(sweep: RegionSweep, bowl: Bowl, here: Scales, evidence: Tensor) -> tuple[Scales, Tensor]:
     """Random walks of all own scales together and of one, of the scale of courses, and of their weights.
 
     In a random order: what is accepted later asks of a move that it is its own reverse, and a fixed order has another.
@@ -232,7 +271,7 @@ def _stepped(sweep: RegionSweep, bowl: Bowl, here: Scales, evidence: Tensor) -> 
         found = bowl.given(there, sweep).evidence
         accepted = torch.rand_like(found).log() < found - evidence + prior
         here, evidence = there.where(accepted, here), torch.where(accepted, found, evidence)
-    return here
+    return here, evidence
 
 
 def _far(chains: int) -> Tensor:

@@ -14,7 +14,7 @@ from pyrodyn.conditionals.paths import factors
 from pyrodyn.conditionals.surrogate import BATCH_NUMBERS, Quadratic, Rows, drawn
 from pyrodyn.conditioning import gaussian_potential
 from pyrodyn.distributions.network import log_stability
-from pyrodyn.models._regions_locked import MOVED, move_locked
+from pyrodyn.models._regions_locked import MOVED, begin_locked, move_locked
 from pyrodyn.readouts import AffineReadout
 
 if TYPE_CHECKING:
@@ -47,7 +47,9 @@ class Scored(NamedTuple):
 
 
 def scatter(sweep: RegionSweep, state: State, quadratic: Quadratic) -> None:
-    """Every chain from a network of its own: a draw under the surrogate, or where that is unstable, the first."""
+    """Every chain from a network of its own: a draw under the surrogate, or where that is unstable, the first; and from
+    an own input that is locked to time.
+    """
     vector = sweep.layout.vector(state["dynamics"])
     for _ in range(SCATTER):
         found = drawn(sweep.rows, quadratic, vector, sweep.prior(state))
@@ -55,6 +57,10 @@ def scatter(sweep: RegionSweep, state: State, quadratic: Quadratic) -> None:
         vector = torch.where(stable.unsqueeze(-1), found, vector)
     state["information"] = quadratic.information.clone()
     state["dynamics"] = sweep.layout.matrix(vector)
+    if sweep.bumps:
+        parameters = sweep.parameters(state)
+        _, readout = factors(sweep.model, parameters, sweep.recording)
+        begin_locked(sweep, state, parameters, _potential(sweep, state, readout))
 
 
 def learn(sweep: RegionSweep, state: State, held: State) -> Quadratic:
