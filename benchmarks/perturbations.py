@@ -4,8 +4,8 @@ Run `python benchmarks/perturbations.py`. Three correlations for every system:
 
 - *kick*: total impulse responses of all pairs of regions at twenty lags, the fit's posterior mean against the truth;
 - *new trials*: what silencing a region does to the log of the expected rate of every unit of the others, from the same
-  equilibrium, which is a matter of their variances: all other effects of silence average out over new trials, where
-  nothing is locked to time;
+  equilibrium, which is a matter of their variances: all other effects of silence average out over new trials, since
+  nothing in these systems is locked to time;
 - *replay*: the same in each bin of the recorded trials, innovations inferred from the spikes, against what the true
   innovations would have done.
 

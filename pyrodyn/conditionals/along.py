@@ -1,4 +1,4 @@
-"""A path that goes along with what is moved, and what of the evidence moves need then."""
+"""A path that is carried along when its Gaussian law changes, and the log evidence that such moves compare."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ _LOG_ROOT = 0.5 * math.log(2.0 * math.pi)
 
 
 def log_evidence(prior: GaussMarkov, near: GaussMarkov) -> Tensor:
-    """Of what makes a law of the path from its prior (chain, trial), (chain); ``near``'s factor serves draws, too."""
+    """Log evidence (chain) of the potential that makes ``near`` of ``prior``, both (chain, trial).
+
+    The difference of their log normalisers, from the factor that draws of ``near`` need, too.
+    """
     evidence = 0.5 * (near.linear * near.mean).sum((-2, -1)) + near.log_whitening_jacobian - prior.log_normaliser
     return evidence.sum(-1) + near.batch_shape[-1] * near.event_shape.numel() * _LOG_ROOT
 
 
 class Along:
-    """A path that keeps its noise while its law moves, and what the potential leaves over of counts along it.
+    """A path whose noise is held while its Gaussian law changes, and what the potential leaves over of counts along it.
 
     Parameters
     ----------
@@ -48,7 +51,7 @@ class Along:
         self.left = self._left(path)
 
     def move(self, near: GaussMarkov, passed: Tensor) -> tuple[Tensor, Tensor]:
-        """Go along to a law ``near``: which chains (chain) do of those that ``passed``, and how probable that was."""
+        """Offer the path under ``near`` to the chains that ``passed``: which accept it, and with what probability."""
         if not bool(passed.any()):
             return passed, torch.zeros_like(self.left)
         path = near.draw(self.noise)

@@ -23,7 +23,7 @@ PATHS = 100  # drawn paths that are kept
 SCOUTED, FEWEST = 16, 30  # sweeps before one of several starts is chosen, and of warm-ups that are worth a choice
 HOPELESS = 50.0  # nats behind the best after half of them
 MARGIN = 10.0  # nats by which a start has to be better than that of the simpler model
-ALIKE = 40.0  # nats: two standard errors of how far apart two such means are
+ALIKE = 40.0  # nats: two standard errors of the difference of two scouts' means, of two chains each
 STATE = "state/"
 
 
@@ -39,9 +39,7 @@ class Sweep(Protocol):
     def local(self, state: dict[str, Tensor]) -> dict[str, Tensor]: ...
 
     def entropy(self, state: dict[str, Tensor]) -> Tensor:
-        """Of the unknowns of which states have more or less, or know more or less, (chain); asked of models that are
-        `Nesting`.
-        """
+        """Of unknowns that some states lack, or know less of, (chain); asked of models that are `Nesting`."""
         ...
 
     def join(self, state: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -208,8 +206,8 @@ class Run:
     def scout(self, density: LogDensity, total: int) -> float:
         """Warm up to sweep ``total``, and the mean over the second half of that of the log posterior mass about them.
 
-        That is the log density with paths integrated out, and the entropy of unknowns that other states do not have,
-        or do not know: without it more unknowns, and what is known of them, would always seem better.
+        That is the log density with paths integrated out, and the entropy of unknowns that other states lack, or
+        know less of: without it states with more unknowns, or better-known ones, would always seem better.
         """
         half, found = (self.count + total) // 2, []
         with progress(total, "Gibbs: scouts", self.count) as bar:

@@ -29,7 +29,7 @@ GLOBAL, LEVEL = "global", "trial level"  # names of what is common to all region
 SPIKE, HORSESHOE = "spike-and-slab", "horseshoe"
 SIGNAL = (1.0, 0.02)  # shape and rate of the prior of a region's squared loading, per unit of innovation
 INITIAL = (1.5, 7.5)  # of the variance of the first state
-BUMPS = COURSES = (0.5, 1e-7)  # of the squared height of the time-locked input, own and common: next to none
+BUMPS = COURSES = (0.5, 1e-7)  # of the variances of own heights and of weights of courses: near zero, with a long tail
 BINS_A_BUMP, MOST_BUMPS = 5, 40  # hat functions where their number is not given
 INNOVATION_SD = 0.5  # of the loadings of shared innovations, beside private ones of one
 OWN_SD = 0.4  # of a region's own block: singular values about this wide about the persistence

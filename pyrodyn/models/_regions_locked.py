@@ -1,9 +1,9 @@
-r"""What is locked to time, with its scales, the path integrated out and common courses, too.
+r"""Moves of time-locked inputs together with their scales, with path and courses integrated out.
 
-Given the potential, the evidence of the heights is a quadratic, the same in all trials of a condition; and the heights
-of a hat are, whatever their course, normal with covariance :math:`S = W W^\top + \mathrm{diag}(v)` over latents. So the
-evidence of S is known, and scales move without the heights that would hold them where they are: under the quadratic
-scales, and the noise that makes heights of them, are independent. Courses follow from what was accepted.
+Given the potential, the log evidence of the heights is quadratic, with one curvature for all trials. Given W and v the
+heights of a hat are normal over latents, with covariance :math:`S = W W^\top + \mathrm{diag}(v)` once courses are
+integrated out. So the evidence of the scales is known with heights integrated out, too, and scales can take long steps.
+Heights are then made from noise under the new scales, and courses drawn last.
 """
 
 from __future__ import annotations
@@ -18,51 +18,45 @@ from pyrodyn.conditionals.along import Along, log_evidence
 from pyrodyn.conditionals.metropolis import acceptance_of
 from pyrodyn.linalg.matrix import cholesky, precision_of
 from pyrodyn.models._regions import BUMPS, COURSES
-from pyrodyn.models._regions_rows import draw_course
+from pyrodyn.models._regions_rows import draw_course_given_weights
 
 if TYPE_CHECKING:
     from pyrodyn.models._regions import MultiRegionParameters
     from pyrodyn.models._regions_sweep import RegionSweep, State
 
-MOVED = 0.5  # share of sweeps in which they move: a move costs as much as a third of those of the network
-SCALE_STEP, LONGEST = 1.0, 30.0  # of the logarithms of variances: steps of two degrees of freedom, some of them far
-LEAST = 1e-6  # of the variances that a climb leaves
-BEGUN = 30  # rounds of steps that scales make before chains start
-WEIGHT_TURN = 0.3  # in radians: of the weights of courses about their prior's centre
+SCALE_STEP, LONGEST = 1.0, 30.0  # random walks of log variances: Student's steps of two degrees, and their limit
+WEIGHT_TURN = 0.3  # radians by which weights of courses are turned towards a fresh draw from their prior
+BEGUN = 20  # rounds of steps that scales make before chains start
+LEAST = 1e-6  # floor of variances read off the heights of a climb
 
 
 def begin_locked(
     sweep: RegionSweep, state: State, parameters: MultiRegionParameters, potential: tuple[Tensor, Tensor]
 ) -> None:
-    """Scales, heights and courses where chains start, drawn under the quadratic.
+    """Scales, heights and courses for the start of chains.
 
-    A climb leaves scales so wide that heights cost nothing and fit what averages over trials have by chance: chains
-    would need all of their scouting to leave that. What heights have in common is first looked for in those of the
-    climb.
+    A climb to a mode leaves scales so wide that the prior hardly holds heights, which then fit what averages over
+    trials show by chance; chains needed ten sweeps to leave that. So scales begin at what the climb's heights have in
+    common and apart, take some rounds under the quadratic, and heights are drawn given them.
     """
-    bowl, heights, own = Bowl.of(sweep, parameters, potential), state["time_locked"], state["time_locked"]
+    quadratic, heights = HeightEvidence.of(sweep, parameters, potential), state["time_locked"]
+    own, weight = heights, Scales.of(sweep, state).weight
     if "course" in state:
         left, size, _ = torch.linalg.svd(heights, full_matrices=False)
-        courses = min(state["course_weight"].shape[-1], size.shape[-1])
-        left, size = left[..., :courses], size[..., None, :courses]
+        few = min(weight.shape[-1], size.shape[-1])
+        left = left[..., :few]
         own = heights - left @ (left.mT @ heights)
-        weight = left * size / math.sqrt(heights.shape[-1])
-        state["course_weight"] = torch.nn.functional.pad(weight, (0, state["course_weight"].shape[-1] - courses))
-        state["course_variance"] = weight.square().mean((-2, -1), keepdim=True).squeeze(-1)
-    spread = [own[:, place].square().mean((-2, -1)) for place in sweep.layout.places]
-    state["bump_variance"] = torch.stack(spread, -1)
-    for name in ("bump_variance", "course_variance"):
-        if name in state:
-            state[name] = state[name].clamp(min=LEAST)
-    scales = Scales.of(sweep, state)
-    evidence = bowl.given(scales, sweep).evidence
+        common = left * size[..., None, :few] / math.sqrt(heights.shape[-1])
+        weight = torch.nn.functional.pad(common, (0, weight.shape[-1] - few))
+    apart = torch.stack([own[:, place].square().mean((-2, -1)) for place in sweep.layout.places], -1)
+    spread = weight.square().sum((-2, -1)).unsqueeze(-1) / max(1, weight[0].numel())
+    scales = Scales(apart.clamp(min=LEAST), spread.clamp(min=LEAST), weight)
+    evidence = quadratic.given(scales, sweep).evidence
     for _ in range(BEGUN):
-        scales, evidence = _stepped(sweep, bowl, scales, evidence)
-    law = bowl.given(scales, sweep)
+        scales, evidence = _stepped(sweep, quadratic, scales, evidence)
+    law = quadratic.given(scales, sweep)
     state["time_locked"] = law.draw(torch.randn_like(law.white))
     scales.keep(sweep, state)
-    # Until they first move:
-    state |= {"locked_entropy": law.entropy, "locked_acceptance": torch.zeros_like(law.entropy)}
 
 
 def move_locked(
@@ -75,30 +69,29 @@ def move_locked(
 ) -> None:
     """Scales by a few steps, then the heights under them, accepted with the path that moves along.
 
-    ``evidence`` (chain) is that of ``parameters``. The noise that makes heights of their scales is turned by a random
-    angle, mostly a small one: drawn anew as a whole it would mostly be refused for the leftover of counts.
+    ``evidence`` (chain) is that of ``parameters``. The noise behind the heights is turned by a random angle, mostly
+    small: wholly new noise would mostly be refused by what the potential leaves over of counts.
     """
     assert sweep.bumps is not None
     held = Scales.of(sweep, state)
-    bowl = Bowl.of(sweep, parameters, potential)
-    first = bowl.given(held, sweep)
+    quadratic = HeightEvidence.of(sweep, parameters, potential)
+    first = quadratic.given(held, sweep)
     noise = first.noise_of(state["time_locked"])
-    scales, _ = _stepped(sweep, bowl, held, first.evidence)
-    law = bowl.given(scales, sweep)
+    scales, _ = _stepped(sweep, quadratic, held, first.evidence)
+    law = quadratic.given(scales, sweep)
     angle = 0.5 * math.pi * torch.rand(len(noise), 1, 1, dtype=torch.float64).square()
     heights = law.draw(angle.cos() * noise + angle.sin() * torch.randn_like(noise))
 
     moved = parameters._replace(time_locked=heights.unsqueeze(1).unflatten(-1, sweep.bumps))
     prior = sweep.model.latent_path(moved, sweep.recording)
     near = prior.condition(*potential)
-    promised = bowl.value(heights) - bowl.value(state["time_locked"])
+    promised = quadratic.value(heights) - quadratic.value(state["time_locked"])
     acceptance = acceptance_of(log_evidence(prior, near) - evidence - promised)
     accepted = torch.rand_like(acceptance) < acceptance
     if along is not None:
         accepted, acceptance = along.move(near, accepted)
     state["locked_acceptance"] = acceptance
     state["time_locked"] = torch.where(accepted[:, None, None], heights, state["time_locked"])
-    state["locked_entropy"] = torch.where(accepted, law.entropy, first.entropy)
     scales.where(accepted, held).keep(sweep, state)
 
 
@@ -122,7 +115,7 @@ class Scales(NamedTuple):
         state["bump_variance"] = self.own
         if "course" in state:
             state["course_variance"], state["course_weight"] = self.common, self.weight
-            draw_course(sweep, state)
+            draw_course_given_weights(sweep, state)
 
     def where(self, accepted: Tensor, other: Scales) -> Scales:
         """These where accepted (chain), the others elsewhere."""
@@ -130,11 +123,11 @@ class Scales(NamedTuple):
         return Scales(*(torch.where(accepted[(..., *(None,) * (a.dim() - 1))], a, b) for a, b in pairs))
 
 
-class Given(NamedTuple):
+class HeightLaw(NamedTuple):
     """Heights given their scales: a normal law of entries (regional latent x bump)."""
 
     evidence: Tensor  # (chain): of the scales
-    entropy: Tensor  # (chain): beside that of the prior
+    entropy: Tensor  # (chain): less that of the prior
     root: Tensor  # (chain, condition, entry, entry): of the precision
     white: Tensor  # (chain, condition, entry): the mean through it
     bumps: int
@@ -151,7 +144,7 @@ class Given(NamedTuple):
         return flat.unflatten(-1, (-1, self.bumps)).transpose(1, 2).flatten(2)
 
 
-class Bowl(NamedTuple):
+class HeightEvidence(NamedTuple):
     """The log evidence of heights given a potential, up to a constant: a quadratic, alike in trials of a condition."""
 
     information: Tensor  # (chain, 1, entry, entry): of one trial
@@ -159,11 +152,14 @@ class Bowl(NamedTuple):
     trials: Tensor  # (condition)
 
     @classmethod
-    def of(cls, sweep: RegionSweep, parameters: MultiRegionParameters, potential: tuple[Tensor, Tensor]) -> Bowl:
+    def of(
+        cls, sweep: RegionSweep, parameters: MultiRegionParameters, potential: tuple[Tensor, Tensor]
+    ) -> HeightEvidence:
         r"""With :math:`L` what heights add to the linear part of a path of covariance :math:`\Sigma`, the information
         is :math:`H^\top Q^{-1} H - L^\top \Sigma L`.
 
-        Where trials differ in what is seen of them it is that of their average: a proposal then, not the evidence.
+        Where trials differ in what is seen of them their average stands for all: the quadratic is then only a proposal,
+        which the exact evidence corrects.
         """
         model, recording, layout = sweep.model, sweep.recording, sweep.layout
         assert sweep.bumps is not None
@@ -212,7 +208,7 @@ class Bowl(NamedTuple):
         curved = self.trials[:, None] * (self.information @ flat.unsqueeze(-1)).squeeze(-1)
         return (flat * (self.pull - 0.5 * curved)).sum((1, 2))
 
-    def given(self, scales: Scales, sweep: RegionSweep) -> Given:
+    def given(self, scales: Scales, sweep: RegionSweep) -> HeightLaw:
         """The law of heights under these scales."""
         covariance = scales.own[:, sweep.layout.group[: sweep.layout.regional]].diag_embed()
         covariance = covariance + scales.weight @ scales.weight.mT
@@ -225,9 +221,8 @@ class Bowl(NamedTuple):
         white = torch.linalg.solve_triangular(root, self.pull.unsqueeze(-1), upper=False).squeeze(-1)
         entropy = -0.5 * bumps * len(self.trials) * log_det - root.diagonal(dim1=-2, dim2=-1).log().sum((1, 2))
         evidence = entropy + 0.5 * white.square().sum((1, 2))
-        # Scales whose root fails are refused, and lose as a start.
-        evidence, entropy = (torch.nan_to_num(e, -math.inf, -math.inf, -math.inf) for e in (evidence, entropy))
-        return Given(evidence, entropy, root, white, bumps)
+        evidence = torch.nan_to_num(evidence, -math.inf, -math.inf, -math.inf)  # a root that fails is refused
+        return HeightLaw(evidence, entropy, root, white, bumps)
 
 
 def by_condition(heights: Tensor, conditions: int) -> Tensor:
@@ -241,20 +236,20 @@ def _summed(values: Tensor, member: Tensor) -> Tensor:
     return (wide.flatten(2).mT @ member).unflatten(1, wide.shape[-2:])
 
 
-def _stepped(sweep: RegionSweep, bowl: Bowl, here: Scales, evidence: Tensor) -> tuple[Scales, Tensor]:
-    """Random walks of all own scales together and of one, of the scale of courses, and of their weights.
+def _stepped(sweep: RegionSweep, quadratic: HeightEvidence, here: Scales, evidence: Tensor) -> tuple[Scales, Tensor]:
+    """All own scales together, one of them, the scale of courses, their weights.
 
-    In a random order: what is accepted later asks of a move that it is its own reverse, and a fixed order has another.
+    In a random order: the acceptance that follows needs the round to be reversible, and in a fixed order it is not.
     """
     chains, regions = here.own.shape
     one = torch.nn.functional.one_hot(torch.randint(regions, (chains,)), regions)
 
     def own(which: Tensor) -> tuple[Scales, Tensor]:
-        moved = here.own * (_far(chains) * which).exp()
+        moved = here.own * (_log_steps(chains) * which).exp()
         return here._replace(own=moved), _log_ratio(BUMPS, moved, here.own)
 
     def common() -> tuple[Scales, Tensor]:
-        step = _far(chains)
+        step = _log_steps(chains)
         moved = here.common * step.exp()
         found = here._replace(common=moved, weight=here.weight * (0.5 * step).exp().unsqueeze(-1))
         return found, _log_ratio(COURSES, moved, here.common)
@@ -268,13 +263,13 @@ def _stepped(sweep: RegionSweep, bowl: Bowl, here: Scales, evidence: Tensor) -> 
     steps += [common, weight] if here.weight.shape[-1] else []
     for i in torch.randperm(len(steps)).tolist():
         there, prior = steps[i]()
-        found = bowl.given(there, sweep).evidence
+        found = quadratic.given(there, sweep).evidence
         accepted = torch.rand_like(found).log() < found - evidence + prior
         here, evidence = there.where(accepted, here), torch.where(accepted, found, evidence)
     return here, evidence
 
 
-def _far(chains: int) -> Tensor:
+def _log_steps(chains: int) -> Tensor:
     """Steps (chain, 1) of logarithms of variances."""
     step = SCALE_STEP * torch.randn(chains, 1, dtype=torch.float64)
     return (step / torch.empty_like(step).exponential_().sqrt()).clamp(-LONGEST, LONGEST)

@@ -14,7 +14,7 @@ from pyrodyn.conditionals.paths import factors
 from pyrodyn.conditionals.surrogate import BATCH_NUMBERS, Quadratic, Rows, drawn
 from pyrodyn.conditioning import gaussian_potential
 from pyrodyn.distributions.network import log_stability
-from pyrodyn.models._regions_locked import MOVED, begin_locked, move_locked
+from pyrodyn.models._regions_locked import HeightEvidence, Scales, begin_locked, move_locked
 from pyrodyn.readouts import AffineReadout
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pyrodyn.models._regions_sweep import RegionSweep, State
 
 
+LOCKED = 0.5  # share of sweeps that move what is locked to time, at a third of the cost of the moves of the network
 TOGGLES = 4  # edges proposed to come or go in a sweep, beside the sets of sources of every region
 SCATTER = 5  # runs under the surrogate that make a chain's first network
 ACCEPTED = 0.4  # of the moves of the network, to which their caution adapts
@@ -48,7 +49,7 @@ class Scored(NamedTuple):
 
 def scatter(sweep: RegionSweep, state: State, quadratic: Quadratic) -> None:
     """Every chain from a network of its own: a draw under the surrogate, or where that is unstable, the first; and from
-    an own input that is locked to time.
+    time-locked inputs drawn for it.
     """
     vector = sweep.layout.vector(state["dynamics"])
     for _ in range(SCATTER):
@@ -81,6 +82,14 @@ def learn(sweep: RegionSweep, state: State, held: State) -> Quadratic:
     return Quadratic.about(layout.vector(held["dynamics"]), gradient, batch)
 
 
+def locked_entropy(sweep: RegionSweep, state: State) -> Tensor:
+    """Entropy of the time-locked heights given their scales, less that of their prior, (chain)."""
+    parameters = sweep.parameters(state)
+    _, readout = factors(sweep.model, parameters, sweep.recording)
+    quadratic = HeightEvidence.of(sweep, parameters, _potential(sweep, state, readout))
+    return quadratic.given(Scales.of(sweep, state), sweep).entropy
+
+
 def _potential(sweep: RegionSweep, state: State, readout: AffineReadout) -> tuple[Tensor, Tensor]:
     """The observations as a potential on the path, precision and linear part; counts by a reference for the network.
 
@@ -93,7 +102,8 @@ def _potential(sweep: RegionSweep, state: State, readout: AffineReadout) -> tupl
 
 
 def move_network(sweep: RegionSweep, state: State, adapt: bool) -> None:
-    """Rows of every region and single edges, in a random order, the path integrated out or moving with them.
+    """Rows of every region and single edges, in a random order, the path integrated out or moving with them; then, in
+    half of the sweeps, what is locked to time.
 
     What the potential leaves over of counts needs the path, and the rates of all units. It is not asked where the rest
     of the ratio refuses for all chains: two chances to refuse in a row leave the same law as one.
@@ -134,7 +144,7 @@ def move_network(sweep: RegionSweep, state: State, adapt: bool) -> None:
     state["dynamics"] = sweep.layout.matrix(here.vector)
     if sweep.slab.uncertain and not adapt:
         state["edge_log_odds"] = sweep.toggle.log_odds(here.vector, here.slope, state["information"], prior)
-    if sweep.bumps and float(torch.rand(())) < MOVED:
+    if sweep.bumps and float(torch.rand(())) < LOCKED:
         move_locked(sweep, state, sweep.parameters(state), potential, here.evidence, along)
     if along is not None:
         state["path"] = along.path

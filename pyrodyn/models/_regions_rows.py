@@ -143,10 +143,10 @@ def draw_courses(sweep: RegionSweep, state: State) -> None:
         precision = weight[..., None, None] * (course @ course.mT).unsqueeze(1)
         linear = weight.unsqueeze(-1) * (locked @ course.mT)
         state["course_weight"] = normal_draw(precision, linear.unsqueeze(-1), scale).squeeze(-1)
-        draw_course(sweep, state)
+        draw_course_given_weights(sweep, state)
 
 
-def draw_course(sweep: RegionSweep, state: State) -> None:
+def draw_course_given_weights(sweep: RegionSweep, state: State) -> None:
     """What the time-locked inputs have in common, given these and how it enters them."""
     weight = state["bump_variance"][:, sweep.layout.group[: sweep.layout.regional]].reciprocal()
     enters = state["course_weight"].mT

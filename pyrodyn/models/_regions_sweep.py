@@ -19,7 +19,7 @@ from pyrodyn.distributions import GaussMarkov, HorseshoeNetwork, NetworkPrior
 from pyrodyn.distributions.loading import gauge_fix
 from pyrodyn.distributions.network import LEVEL_PERSISTENCE
 from pyrodyn.models._regions import MultiRegionParameters
-from pyrodyn.models._regions_network import common_signs, learn, move_network, scatter
+from pyrodyn.models._regions_network import common_signs, learn, locked_entropy, move_network, scatter
 from pyrodyn.models._regions_rows import draw_courses, draw_rows, place_regressors
 from pyrodyn.models._regions_scales import apart_from_courses, draw_edge_scales, draw_variances, rescale
 from pyrodyn.program import Labelled, global_laws, globals_given
@@ -86,7 +86,7 @@ class RegionSweep:
     # ------------------------------------------------------------------------------------------ start and end
 
     def start(self, values: dict[str, Tensor], chains: int, extra: State | None = None) -> State:
-        """Chains about ``values`` (*event) or (group, *event), each with a network of its own.
+        """Chains about ``values`` (*event) or (group, *event), each with a network and time-locked inputs of its own.
 
         ``extra`` (chain, ...) is what a prior that is not the model's own depends on.
         """
@@ -155,14 +155,14 @@ class RegionSweep:
 
     def entropy(self, state: State) -> Tensor:
         """Of the dynamics whose edges are there, (chain), as far as the information that chains propose with tells, and
-        of what is locked to time, beside that of its prior.
+        of the time-locked heights, less that of their prior.
         """
         vector = self.layout.vector(state["dynamics"])
         there = (vector != 0.0).to(vector.dtype)
         precision = state["information"] + torch.diag_embed(self.prior(state).weight.expand_as(vector))
         precision = there.unsqueeze(-1) * precision * there.unsqueeze(-2) + torch.diag_embed(1.0 - there)
         found = 0.5 * (math.log(2.0 * math.pi * math.e) * there.sum(-1) - torch.logdet(precision))
-        return found + state["locked_entropy"] if "locked_entropy" in state else found
+        return found + locked_entropy(self, state) if self.bumps else found
 
     def join(self, state: State, other: State) -> State:
         """Half of the chains of two starts; common latents of the other take the signs of the first."""

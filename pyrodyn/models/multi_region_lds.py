@@ -73,7 +73,9 @@ class MultiRegionLDS(StateSpaceModel):
     :math:`A_{rs}` has a Frobenius norm of ``coupling_scale`` (root mean square, divided by the root of the expected
     number of sources of r, and times the scale of its edge); edges are there with their prior probability; what enters
     from a global latent has a standard deviation of .25, from the level .03; and the whole is stable (see
-    `NetworkPrior`). The scales of signals, initial states and time-locked inputs are learned.
+    `NetworkPrior`). The scales of signals and initial states are learned, and
+    those of time-locked inputs: in each region that of the heights of its own, and one of the weights of courses. These
+    have an inverse-gamma prior of shape 1/2 and rate 1e-7 on their squares, near zero unless the data ask for more.
 
     Parameters
     ----------
@@ -97,7 +99,8 @@ class MultiRegionLDS(StateSpaceModel):
     time_bumps : int, optional
         Hat functions of the time-locked input; 0 for none. By default one for every five bins, and no more than 40:
         what is locked to time and finer than they are passes for coupling. Ignored where each condition has a single
-        trial. Its scales are learned, and next to none where the data know of no such input.
+        trial. Its scales are learned: sampled, they are near zero where the data show no such input. An engine that
+        looks for a mode leaves them wide: there ask for 0.
     shared_courses : int
         Rank of what the time-locked inputs of all latents have in common. A drive that all regions share costs its
         course once; were it paid for in every latent, edges from one region that has it to the others would be cheaper.
