@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -153,7 +154,8 @@ class Gibbs:
             masses = {i: runs[i].scout(density, total) for i in left}
         ranked = sorted(left, key=lambda i: MARGIN * (i > 0) - masses[i])
         best = ranked[0]
-        if len(ranked) > 1 and self.chains % 2 == 0 and masses[best] - masses[ranked[1]] < ALIKE:
+        alike = ALIKE * math.sqrt(2.0 / self.chains)
+        if len(ranked) > 1 and self.chains % 2 == 0 and masses[best] - masses[ranked[1]] < alike:
             return runs[best].joined(runs[ranked[1]]), found[best]
         return runs[best], found[best]
 
