@@ -20,6 +20,7 @@ from pyrodyn.models._regions_locked import HeightEvidence, Scales, _stepped, by_
 from pyrodyn.models._regions_network import _potential, locked_entropy, move_network
 from pyrodyn.recording import Recording
 
+WIDE = (3.0, 0.6)  # shape and rate under which drives are common; the model's own prior hardly ever draws one
 MODEL = models.MultiRegionLDS(2, time_bumps=4, shared_courses=1, conditions=("left", "right"))
 
 
@@ -100,7 +101,7 @@ def test_heights_are_accepted_where_the_quadratic_is_the_evidence(masked, monkey
     with random_stream(3), numerics(), torch.no_grad():
         sweep, state = begun(model, two_conditions(True, masked), 40)
         # Scales that are far from none: without heights, any quadratic would be right.
-        monkeypatch.setattr(_regions_locked, "BUMPS", (3.0, 0.6))
+        monkeypatch.setattr(_regions_locked, "BUMPS", WIDE)
         state["bump_variance"] = torch.full_like(state["bump_variance"], 0.3)
         state["time_locked"] = before = 0.3 * torch.randn_like(state["time_locked"])
         monkeypatch.setattr(_regions_network, "LOCKED", 1.0)
@@ -115,29 +116,29 @@ def test_heights_are_accepted_where_the_quadratic_is_the_evidence(masked, monkey
 
 def test_scales_keep_their_posterior(monkeypatch):
     """Scales from their prior, heights, and what is seen of these: such scales are a draw of their posterior."""
-    wide, chains = (3.0, 0.6), 20_000
-    monkeypatch.setattr(_regions_locked, "BUMPS", wide)
-    monkeypatch.setattr(_regions_locked, "COURSES", wide)
+    chains = 20_000
+    monkeypatch.setattr(_regions_locked, "BUMPS", WIDE)
+    monkeypatch.setattr(_regions_locked, "COURSES", WIDE)
     model = models.MultiRegionLDS(1, time_bumps=3, trial_level=False, global_dim=0)
     with random_stream(5), numerics(), torch.no_grad():
         sweep = model.conditionals(recording())
-        scales = drawn(wide, chains, 2)
+        scales = drawn(chains)
         covariance = scales.own.diag_embed() + scales.weight @ scales.weight.mT
         heights = torch.linalg.cholesky(covariance) @ torch.randn(chains, 2, 3)
         root = torch.linalg.cholesky(torch.eye(6) + 0.5)
         pull = 2.0 * by_condition(heights, 1) @ root @ root.mT + math.sqrt(2.0) * torch.randn(chains, 1, 6) @ root.mT
         quadratic = HeightEvidence((root @ root.mT).expand(chains, 1, 6, 6), pull, torch.tensor([2.0]))
         moved, _ = _stepped(sweep, quadratic, scales, quadratic.given(scales, sweep).evidence)
-    keep_prior(moved, wide)
+    keep_prior(moved)
     assert bool((moved.own != scales.own).any()) and bool((moved.weight != scales.weight).any())
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_what_is_locked_to_time_keeps_its_posterior_under_counts(masked, monkeypatch):
     """Everything from the program, with counts: then it is a draw of the posterior, and remains one."""
-    wide, chains = (3.0, 0.6), 1500
-    monkeypatch.setattr(_regions_locked, "BUMPS", wide)
-    monkeypatch.setattr(_regions_locked, "COURSES", wide)
+    chains = 1500
+    monkeypatch.setattr(_regions_locked, "BUMPS", WIDE)
+    monkeypatch.setattr(_regions_locked, "COURSES", WIDE)
     generator = np.random.default_rng(0)
     mask = generator.random((4, 12, 4)) < 0.7 if masked else None
     seen = recording(
@@ -148,7 +149,7 @@ def test_what_is_locked_to_time_keeps_its_posterior_under_counts(masked, monkeyp
     )
     with random_stream(6), numerics(), torch.no_grad():
         sweep = model.conditionals(seen)
-        scales = drawn(wide, chains, 2)
+        scales = drawn(chains)
         state = {"bump_variance": scales.own, "course_variance": scales.common, "course_weight": scales.weight}
         state["course"] = torch.randn(chains, 1, 6)
         own = scales.own.sqrt().unsqueeze(-1) * torch.randn(chains, 2, 6)
@@ -178,22 +179,23 @@ def test_what_is_locked_to_time_keeps_its_posterior_under_counts(masked, monkeyp
         white = model.latent_path(parameters, seen).whiten(path)
     assert 0.1 < float(torch.stack(acceptance).mean()) < 0.95
     found = Scales.of(sweep, state)
-    keep_prior(found, wide)
+    keep_prior(found)
     own = (state["time_locked"] - found.weight @ state["course"]) / found.own.sqrt().unsqueeze(-1)
     for part in (own, state["course"], white):
         assert scipy.stats.kstest(part.flatten().numpy(), "norm").pvalue > 1e-3
 
 
-def drawn(law: tuple[float, float], chains: int, regions: int) -> Scales:
+def drawn(chains: int) -> Scales:
     """Scales of two regions of one latent, from their prior."""
-    own, common = (law[1] / torch._standard_gamma(torch.full((chains, size), law[0])) for size in (regions, 1))
-    return Scales(own, common, common.sqrt().unsqueeze(-1) * torch.randn(chains, regions, 1))
+    shape, rate = WIDE
+    own, common = (rate / torch._standard_gamma(torch.full((chains, size), shape)) for size in (2, 1))
+    return Scales(own, common, common.sqrt().unsqueeze(-1) * torch.randn(chains, 2, 1))
 
 
-def keep_prior(found: Scales, law: tuple[float, float]) -> None:
+def keep_prior(found: Scales) -> None:
     variances = torch.cat([found.own, found.common], -1)
     for part in variances.T:
-        assert scipy.stats.kstest(part.numpy(), scipy.stats.invgamma(law[0], scale=law[1]).cdf).pvalue > 1e-3
+        assert scipy.stats.kstest(part.numpy(), scipy.stats.invgamma(WIDE[0], scale=WIDE[1]).cdf).pvalue > 1e-3
     standard = found.weight / found.common.sqrt().unsqueeze(-1)
     assert scipy.stats.kstest(standard.flatten().numpy(), "norm").pvalue > 1e-3
 
@@ -206,8 +208,7 @@ def test_chains_start_with_a_drive_where_there_is_one(drive):
     path = np.zeros((8, 60, 2))
     for t in range(1, 60):
         path[:, t] = 0.8 * path[:, t - 1] + course[t] + generator.standard_normal((8, 2))
-    values = np.repeat(path, 3, -1) + 0.3 * generator.standard_normal((8, 60, 6))
-    seen = recording(values)
+    seen = recording(np.repeat(path, 3, -1) + 0.3 * generator.standard_normal((8, 60, 6)))
     model = models.MultiRegionLDS(1, time_bumps=12, readout=readouts.Gaussian())
     with random_stream(7), numerics(), torch.no_grad():
         values = model.initial_values(seen)

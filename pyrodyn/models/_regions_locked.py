@@ -30,17 +30,15 @@ BEGUN = 20  # rounds of steps that scales make before chains start
 LEAST = 1e-6  # floor of variances read off the heights of a climb
 
 
-def begin_locked(
-    sweep: RegionSweep, state: State, parameters: MultiRegionParameters, potential: tuple[Tensor, Tensor]
-) -> None:
+def begin_locked(sweep: RegionSweep, state: State, quadratic: HeightEvidence) -> None:
     """Scales, heights and courses for the start of chains.
 
     A climb to a mode leaves scales so wide that the prior hardly holds heights, which then fit what averages over
     trials show by chance; chains needed ten sweeps to leave that. So scales begin at what the climb's heights have in
     common and apart, take some rounds under the quadratic, and heights are drawn given them.
     """
-    quadratic, heights = HeightEvidence.of(sweep, parameters, potential), state["time_locked"]
-    own, weight = heights, Scales.of(sweep, state).weight
+    heights = own = state["time_locked"]
+    weight = Scales.of(sweep, state).weight
     if "course" in state:
         left, size, _ = torch.linalg.svd(heights, full_matrices=False)
         few = min(weight.shape[-1], size.shape[-1])

@@ -59,9 +59,7 @@ def scatter(sweep: RegionSweep, state: State, quadratic: Quadratic) -> None:
     state["information"] = quadratic.information.clone()
     state["dynamics"] = sweep.layout.matrix(vector)
     if sweep.bumps:
-        parameters = sweep.parameters(state)
-        _, readout = factors(sweep.model, parameters, sweep.recording)
-        begin_locked(sweep, state, parameters, _potential(sweep, state, readout))
+        begin_locked(sweep, state, _height_evidence(sweep, state))
 
 
 def learn(sweep: RegionSweep, state: State, held: State) -> Quadratic:
@@ -84,10 +82,13 @@ def learn(sweep: RegionSweep, state: State, held: State) -> Quadratic:
 
 def locked_entropy(sweep: RegionSweep, state: State) -> Tensor:
     """Entropy of the time-locked heights given their scales, less that of their prior, (chain)."""
+    return _height_evidence(sweep, state).given(Scales.of(sweep, state), sweep).entropy
+
+
+def _height_evidence(sweep: RegionSweep, state: State) -> HeightEvidence:
     parameters = sweep.parameters(state)
     _, readout = factors(sweep.model, parameters, sweep.recording)
-    quadratic = HeightEvidence.of(sweep, parameters, _potential(sweep, state, readout))
-    return quadratic.given(Scales.of(sweep, state), sweep).entropy
+    return HeightEvidence.of(sweep, parameters, _potential(sweep, state, readout))
 
 
 def _potential(sweep: RegionSweep, state: State, readout: AffineReadout) -> tuple[Tensor, Tensor]:

@@ -73,9 +73,9 @@ class MultiRegionLDS(StateSpaceModel):
     :math:`A_{rs}` has a Frobenius norm of ``coupling_scale`` (root mean square, divided by the root of the expected
     number of sources of r, and times the scale of its edge); edges are there with their prior probability; what enters
     from a global latent has a standard deviation of .25, from the level .03; and the whole is stable (see
-    `NetworkPrior`). The scales of signals and initial states are learned, and
-    those of time-locked inputs: in each region that of the heights of its own, and one of the weights of courses. These
-    have an inverse-gamma prior of shape 1/2 and rate 1e-7 on their squares, near zero unless the data ask for more.
+    `NetworkPrior`). The scales of signals and initial states are learned, and those of time-locked inputs: in each
+    region that of its own heights, and one of the weights of courses. The squares of these two have an inverse-gamma
+    prior of shape 1/2 and rate 1e-7, near zero unless the data ask for more.
 
     Parameters
     ----------
